@@ -1,0 +1,68 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+# Options for pip, for example an index with CPU or CUDA wheels of torch (README, "Choosing a torch wheel").
+PIP_FLAGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
+# One thread per process: two processes on two cores would otherwise fight for them.
+export OMP_NUM_THREADS ?= 1
+export PYTHONUNBUFFERED = 1
+
+.PHONY: demo test test-all test-gpu check bench deepspeed clean help
+
+help:
+	@echo "make demo      data, training in 2 processes, evaluation, ONNX bundle, report (about 12 minutes on 2 cores)"
+	@echo "make test      the tests (minutes)"
+	@echo "make test-all  the tests and the slow full matrices"
+	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make check     format, lint, types"
+	@echo "make bench     every benchmark, quick form"
+	@echo "make deepspeed add DeepSpeed to .venv"
+
+.venv/demo.stamp: pyproject.toml constraints.txt
+	@echo "installing nestling into .venv (once; torch is most of it)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) --editable ".[demo]"
+	@touch $@
+
+.venv/dev.stamp: .venv/demo.stamp
+	@echo "installing the tools for tests and checks into .venv (once)"
+	@$(PIP) --editable ".[dev]"
+	@touch $@
+
+data/demo/card.json: | .venv/demo.stamp
+	@echo "data: docstring -> function pairs from the Python packages of this machine"
+	$(BIN)/nestling data docstrings --out data/demo
+
+demo: .venv/demo.stamp data/demo/card.json
+	@rm -rf runs/demo
+	@echo "training, evaluation, bundle: two processes; a run of its own writes everything into runs/demo"
+	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml train.py configs/demo.yaml
+	@echo "verifying the bundle in a process that cannot import torch"
+	$(BIN)/nestling verify runs/demo/bundle
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10
+
+test-all: .venv/dev.stamp
+	$(BIN)/python -m pytest -m "not gpu" --durations=20
+
+test-gpu: .venv/dev.stamp
+	$(BIN)/python -m pytest -m gpu
+
+check: .venv/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright --level error
+	$(BIN)/hadolint Dockerfile
+
+bench: .venv/dev.stamp
+	@for name in $(basename $(notdir $(filter-out %/__init__.py %/common.py,$(wildcard benchmarks/*.py)))); do \
+		echo "== $$name"; $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
+
+deepspeed: .venv/demo.stamp
+	@echo "installing DeepSpeed against the torch of .venv"
+	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation ".[deepspeed]"
+
+clean:
+	rm -rf .venv data/demo runs/demo cache

@@ -1,0 +1,158 @@
+"""Docstring -> function pairs of one Python file, by parsing: nothing is imported or run.
+
+The anchor is the summary of a docstring, the positive the function's source without its docstring and
+decorators. Every function of the file gives a pair or a reason why it gives none.
+"""
+
+import ast
+import inspect
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from data_tools.split import normalise
+
+_MIN_WORDS = 3
+_LONG_SUMMARY = 300  # characters from which a summary is cut at the end of a sentence
+# A line of a docstring that ends its summary: a doctest, a field list, a section title or its underline, a list.
+_END = re.compile(
+    r">>>|\.\. |:[a-z]+( [^:]+)?: |@[a-z]+ |[-=~^*#]{3,}$|[-*+] |\d+[.)] |[|+]"
+    r"|(parameters?|params|arg(ument)?s|returns?|raises|yields|examples?|notes?|see also|usage|input|output)"
+    r" *(:.*)?$",
+    re.IGNORECASE,
+)
+_SIGNATURE = re.compile(r"[\w.]+ ?\(.*\)( *-> *.*)?|[\w., ]+ = [\w.]+\(.*\)")
+_TEMPLATE = re.compile(r"%\(\w+\)s|(?<![\w\\^_}$])\{\w*\}")
+_ROLE = re.compile(r":[\w:+-]+:`[~!]?([^`<]*?)( *<[^`>]*>)?`")
+_GENERIC = re.compile(
+    r"see |same as |(re)?turns? (self|none|true|false|itself)\b.{0,3}$|inherit|override|overrid"
+    r"|initiali[sz]e self|todo|fixme|deprecated|undocumented|dummy|placeholder|not implemented|internal use"
+    r"|(this|the) (method|function) (is|was|has been) (deprecated|not implemented)|alias (for|of|to) "
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One training row and the place that it comes from."""
+
+    anchor: str
+    positive: str
+    package: str
+    path: str
+    line: int
+    name: str
+
+
+def summary_of(docstring: str) -> str:
+    """First paragraph of a docstring as one line without markup, field lists and doctests; "" if it has none."""
+    for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
+        lines: list[str] = []
+        for line in map(str.strip, paragraph.splitlines()):
+            if _END.match(line):
+                break
+            lines.append(line)
+        if not lines and not paragraph.lstrip().startswith(".. "):
+            return ""  # starts with a section or a doctest: what follows it describes no function
+        if lines and _SIGNATURE.fullmatch(lines[0]):
+            lines = lines[1:]
+        text = _ROLE.sub(r"\1", " ".join(" ".join(lines).split())).replace("`", "")
+        if text:
+            return _cut(text)
+    return ""
+
+
+def _cut(text: str) -> str:
+    end = -1
+    for stop in re.finditer(r"[.!?](?= )", text):
+        if end >= 0 and stop.end() > _LONG_SUMMARY:
+            break
+        end = stop.end()
+    return text if len(text) <= _LONG_SUMMARY or end < 0 else text[:end]
+
+
+def pairs_of(source: str, package: str, path: str) -> Iterator[Pair | str]:
+    """A pair, or the reason for none, for every function of a Python source.
+
+    Raises SyntaxError, ValueError or RecursionError if the source does not parse.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes such as "\d" in other people's strings
+        tree = ast.parse(source)
+    lines = re.split(r"\r\n|\r|\n", source)  # str.splitlines would also cut at form feeds, unlike the parser
+    waiting: list[tuple[ast.AST, str, bool]] = [(tree, "", False)]
+    while waiting:
+        node, prefix, nested = waiting.pop()
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                name = f"{prefix}{child.name}"
+                yield _pair(child, lines, package, path, name, nested)
+                waiting.append((child, f"{name}.", True))
+            elif isinstance(child, ast.ClassDef):
+                waiting.append((child, f"{prefix}{child.name}.", nested))
+            elif isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+                waiting.append((child, prefix, nested))
+
+
+def _pair(
+    node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str], package: str, path: str, name: str, nested: bool
+) -> Pair | str:
+    docstring = ast.get_docstring(node, clean=False)
+    if docstring is None:
+        return "no docstring"
+    if nested:
+        return "nested in another function"
+    if node.name.startswith("__") and node.name.endswith("__"):
+        return "dunder method"
+    if node.name.startswith("test") or any(part.startswith("Test") for part in name.split(".")[:-1]):
+        return "test function"
+    if any(_last_name(decorator) == "overload" for decorator in node.decorator_list):
+        return "overload"
+    if all(_is_trivial(statement) for statement in node.body[1:]):
+        return "trivial body"
+    anchor = summary_of(docstring)
+    if not anchor:
+        return "no summary"
+    if _TEMPLATE.search(anchor):
+        return "docstring is a template"
+    if len(re.findall(r"[^\W\d_]{2,}", anchor)) < _MIN_WORDS:
+        return f"summary of fewer than {_MIN_WORDS} words"
+    if _GENERIC.match(normalise(anchor)):
+        return "generic summary"
+    positive = _without_docstring(node, lines)
+    if positive is None:
+        return "docstring on a line with code"
+    return Pair(anchor, positive, package, path, node.lineno, name)
+
+
+def _last_name(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _is_trivial(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Raise) and statement.exc is not None:
+        error = statement.exc.func if isinstance(statement.exc, ast.Call) else statement.exc
+        return _last_name(error) == "NotImplementedError"
+    if isinstance(statement, ast.Return):
+        value = statement.value
+        return value is None or isinstance(value, ast.Constant) or _last_name(value) in ("NotImplemented", "self")
+    return isinstance(statement, ast.Pass) or (
+        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    )
+
+
+def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str | None:
+    """Signature and body, dedented by the indent of `def`; None where a line mixes the docstring with code."""
+    first, second = node.body[0], node.body[1]
+    assert first.end_lineno is not None and node.end_lineno is not None
+    if second.lineno == first.end_lineno or lines[first.lineno - 1][: _characters(lines, first)].strip():
+        return None
+    kept = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno]
+    margin = len(kept[0]) - len(kept[0].lstrip())
+    kept = [line[margin:] if not line[:margin].strip() else line for line in kept]
+    return "\n".join(line.rstrip() for line in kept).strip("\n")
+
+
+def _characters(lines: list[str], node: ast.stmt) -> int:
+    # ast counts columns in UTF-8 bytes
+    return len(lines[node.lineno - 1].encode()[: node.col_offset].decode())

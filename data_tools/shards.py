@@ -1,0 +1,224 @@
+"""Shard folders: `shard-00000.parquet ...` and a `manifest.json` that says what they hold and where it is from.
+
+A folder is written streaming into a partial folder beside it and renamed when whole. Its fingerprint is a hash
+of the values in their order, so neither the cut into shards nor the version of the Parquet writer changes it.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from launch.errors import UserError
+from launch.files import publish_folder, remove_folder, sha256_of, write_json
+
+MANIFEST = "manifest.json"
+ColumnType = Literal["text", "int", "float", "floats"]
+
+_GROUP_ROWS = 4096  # rows of a row group: what random access has to decode at most
+_GROUP_BYTES = 16 << 20  # ... and its values in bytes, which bounds the writer's memory for long texts
+_SHARD_BYTES = 256 << 20  # values of one shard before compression
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Shard(_Frozen):
+    """One Parquet file of a shard folder."""
+
+    name: str = Field(pattern=r"^shard-[0-9]{5,}\.parquet$")
+    rows: int = Field(ge=1)
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Manifest(_Frozen):
+    """What a shard folder holds, where it comes from and what was left out."""
+
+    format: Literal["nestling-shards-1"] = "nestling-shards-1"
+    columns: dict[str, ColumnType] = Field(min_length=1)
+    rows: int = Field(ge=1)
+    shards: Annotated[list[Shard], Field(min_length=1)]
+    source: str
+    license: str | None
+    made_by: str
+    dropped: dict[str, int]
+    fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a shard folder. Raises UserError if it is missing, broken or of another program."""
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no shard folder: it has no {MANIFEST}") from None
+    except NotADirectoryError:
+        raise UserError(f"{folder}: no shard folder: it is a file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # bad JSON and bad UTF-8
+        raise UserError(f"{path}: broken: {error}; make the folder again") from None
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "content"
+        raise UserError(f"{path}: no manifest of nestling shards: {place}: {first['msg']}") from None
+    if manifest.rows != sum(shard.rows for shard in manifest.shards):
+        raise UserError(f"{path}: broken: {manifest.rows} rows, but its shards have another sum")
+    return manifest
+
+
+def verify_shards(folder: Path, hash_file: Callable[[Path], str] = sha256_of) -> Manifest:
+    """Compare every shard with the manifest by size and SHA-256. Raises UserError naming the first bad file."""
+    manifest = read_manifest(folder)
+    for shard in manifest.shards:
+        path = folder / shard.name
+        try:
+            size = path.stat().st_size
+            if size != shard.bytes:
+                raise UserError(f"{path}: damaged: {size:,} bytes, the manifest says {shard.bytes:,}")
+            if (got := hash_file(path)) != shard.sha256:
+                raise UserError(f"{path}: damaged: SHA-256 {got}, the manifest says {shard.sha256}")
+        except FileNotFoundError:
+            raise UserError(f"{path}: missing, but the manifest lists it") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return manifest
+
+
+def partial_folder(target: Path) -> Path:
+    """Make the folder that becomes `target`, and remove what killed processes of this host left of one."""
+    host = socket.gethostname()
+    for stale in target.parent.glob(f".partial-{target.name}-{host}-*"):
+        pid = int(stale.name.rpartition("-")[2])
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            remove_folder(stale)
+        except PermissionError:
+            pass
+    partial = target.with_name(f".partial-{target.name}-{host}-{os.getpid()}")
+    remove_folder(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+class ShardWriter:
+    """Writes rows into a new shard folder; leaving the `with` block publishes it, an exception removes it.
+
+    Memory is bounded by one row group. Raises UserError if the folder exists or no row was written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        columns: Mapping[str, ColumnType],
+        *,
+        source: str,
+        license: str | None,
+        made_by: str,
+    ):
+        import pyarrow as pa
+
+        types = {"text": pa.string(), "int": pa.int64(), "float": pa.float64(), "floats": pa.list_(pa.float64())}
+        self.dropped: dict[str, int] = {}
+        self.rows = 0
+        self._folder, self._columns = folder, dict(columns)
+        self._facts = {"source": source, "license": license, "made_by": made_by}
+        self._schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
+        self._values = {name: hashlib.sha256() for name in columns}
+        self._group: dict[str, list[Any]] = {name: [] for name in columns}
+        self._group_bytes = self._shard_bytes = self._shard_rows = 0
+        self._shards: list[Shard] = []
+        self._file: Any = None
+
+    def __enter__(self) -> "ShardWriter":
+        self._partial = partial_folder(self._folder)
+        return self
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Add one row with a value of the right type for every column."""
+        for name, kind in self._columns.items():
+            value = row[name]
+            self._group[name].append(value)
+            data = _value_bytes(value, kind)
+            self._values[name].update(b"%d:" % len(data) + data)
+            self._group_bytes += len(data)
+        self.rows += 1
+        if len(self._group[name]) >= _GROUP_ROWS or self._group_bytes >= _GROUP_BYTES:
+            self._end_group()
+            if self._shard_bytes >= _SHARD_BYTES:
+                self._end_shard()
+
+    def _end_group(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self._file is None:
+            self._path = self._partial / f"shard-{len(self._shards):05d}.parquet"
+            self._file = pq.ParquetWriter(
+                str(self._path), self._schema, compression="zstd", use_dictionary=False, write_statistics=False
+            )
+        group = pa.table(self._group, schema=self._schema)
+        self._file.write_table(group, row_group_size=_GROUP_ROWS)
+        self._shard_rows += group.num_rows
+        self._shard_bytes += self._group_bytes
+        self._group = {name: [] for name in self._columns}
+        self._group_bytes = 0
+
+    def _end_shard(self) -> None:
+        self._file.close()
+        self._file = None
+        self._shards.append(
+            Shard(
+                name=self._path.name,
+                rows=self._shard_rows,
+                bytes=self._path.stat().st_size,
+                sha256=sha256_of(self._path),
+            )
+        )
+        self._shard_bytes = self._shard_rows = 0
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if error is None:
+                self._publish()
+        finally:
+            remove_folder(self._partial)
+
+    def _publish(self) -> None:
+        if not self.rows:
+            raise UserError(f"{self._folder}: no rows to write")
+        if self._group_bytes:
+            self._end_group()
+        if self._file is not None:
+            self._end_shard()
+        parts = {name: [self._columns[name], values.hexdigest()] for name, values in self._values.items()}
+        manifest = Manifest(
+            columns=self._columns,
+            rows=self.rows,
+            shards=self._shards,
+            dropped=self.dropped,
+            fingerprint=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+            **self._facts,
+        )
+        write_json(self._partial / MANIFEST, manifest.model_dump())
+        publish_folder(self._partial, self._folder)
+
+
+def _value_bytes(value: Any, kind: ColumnType) -> bytes:
+    if kind == "text":
+        return value.encode()
+    if kind == "int":
+        return b"%d" % value
+    numbers: Sequence[float] = [value] if kind == "float" else value
+    return struct.pack(f"<{len(numbers)}d", *numbers)

@@ -1,0 +1,40 @@
+"""Errors that a user can cause, and the exit codes of every command of nestling.
+
+0 done, 1 crash, 2 user error (one line, no traceback), 3 a check failed (parity, gate, verify),
+75 preempted and saved (EX_TEMPFAIL of sysexits.h: every launch target maps it to "run again").
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+EXIT_DONE = 0
+EXIT_CRASH = 1
+EXIT_USER = 2
+EXIT_CHECK = 3
+EXIT_PREEMPTED = 75
+
+
+class UserError(Exception):
+    """Something the user can mend. Each line of the message says what, what was got, what is allowed."""
+
+
+class CheckFailed(Exception):
+    """A check that the user asked for did not hold: parity, a gate, a bundle that is not what it was."""
+
+
+def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], speaks: bool = True) -> int:
+    """Run `main(argv)` and turn its outcome into an exit code, printing one line to stderr for an error.
+
+    `speaks` is false on every rank but 0, so that a run of many processes says a thing once.
+    """
+    try:
+        return main(argv) or EXIT_DONE
+    except UserError as error:
+        code, message = EXIT_USER, str(error)
+    except CheckFailed as error:
+        code, message = EXIT_CHECK, str(error)
+    except KeyboardInterrupt:
+        code, message = 130, "stopped by Ctrl-C"
+    if speaks:
+        print("\n".join(f"nestling: {line}" for line in message.splitlines()), file=sys.stderr, flush=True)
+    return code

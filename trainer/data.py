@@ -1,0 +1,74 @@
+"""Training rows: every source is brought into checked shards, opened memory-mapped, in the order of the run file.
+
+The column order follows the roles (anchor, positive, negatives, then score or label), because losses of
+sentence-transformers go by position. Nothing here touches a process group: ranks of one node that import the
+same source wait for each other on a file lock, so no collective can time out during a long import.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.shards import Manifest, read_manifest
+from data_tools.sources import import_source
+from launch import config as schema
+from launch.errors import UserError
+
+
+def open_sources(
+    sources: Sequence[schema.Source], cache_dir: Path, max_rows: int | None = None
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Rows of all sources as one `datasets.Dataset`, and what each source is (name, fingerprint, rows, licence).
+
+    Raises UserError where a source cannot be read or where two sources have other columns.
+    """
+    import datasets
+
+    parts, facts = [], []
+    for source in sources:
+        folder = import_source(source, cache_dir, max_rows)
+        manifest = read_manifest(folder)
+        parts.append(_open(folder, manifest, cache_dir, datasets))
+        facts.append(
+            {
+                "name": source.name,
+                "fingerprint": manifest.fingerprint,
+                "rows": len(parts[-1]),
+                "license": source.license or manifest.license or "unknown",
+                "dropped": dict(manifest.dropped),
+            }
+        )
+    first = parts[0].column_names
+    for source, part in zip(sources, parts, strict=True):
+        if part.column_names != first:
+            raise UserError(
+                f"data.sources: all need the same columns: {sources[0].name} has {', '.join(first)}, "
+                f"{source.name} has {', '.join(part.column_names)}"
+            )
+    rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    return rows, facts
+
+
+def _open(folder: Path, manifest: Manifest, cache_dir: Path, datasets: Any) -> Any:
+    files = [str(folder / shard.name) for shard in manifest.shards]
+    quiet = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.utils.logging.disable_progress_bar()
+    try:
+        rows = datasets.Dataset.from_parquet(files, cache_dir=str(cache_dir / "arrow"))
+    finally:
+        if quiet:
+            datasets.utils.logging.enable_progress_bar()
+    return rows.select_columns(sorted((c for c in rows.column_names if schema.ROLE.fullmatch(c)), key=_position))
+
+
+def _position(role: str) -> tuple[int, int]:
+    order = ("anchor", "positive", "negative", "score", "label")
+    name, _, number = role.partition("_")
+    return order.index(name), int(number or 0)
+
+
+def text_columns(columns: Sequence[str]) -> list[str]:
+    """The columns that hold text, in order."""
+    return [c for c in columns if c not in ("score", "label")]
+
+

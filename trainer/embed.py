@@ -1,0 +1,181 @@
+"""Texts -> unit vectors, the work shared over ranks: what evaluation and mining embed with.
+
+Distinct texts are sorted by token length and dealt in stripes of world_size, one text per rank, direction
+alternating, as the training step does it: every rank runs the same number of batches of nearly the same
+shape, which engines that gather parameters in the forward pass need.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    from launch.world import World
+
+log = logging.getLogger(__name__)
+
+_MEASURED_TOGETHER = 1024  # texts tokenised in one call to learn their lengths
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def embed(
+    model: "SentenceTransformer",
+    texts: list[str],
+    kind: Literal["query", "document"],
+    *,
+    prompt: str | None,
+    max_length: int | None,
+    batch_tokens: int,
+    world: "World",
+    normalize: bool = True,
+) -> np.ndarray:
+    """Vectors of `texts` in their order, float32 [n, d], unit length unless `normalize` is false.
+
+    All ranks must call with the same texts; every rank gets the whole array. `prompt` is put before every
+    text, None = nothing is. `max_length` in tokens with prompt and special tokens, None = the model's own.
+    `batch_tokens` bounds rows x longest of a batch; one longer text makes a batch of its own. Equal to
+    `model.encode(texts, prompt=prompt, normalize_embeddings=True)` up to rounding.
+    """
+    import torch
+
+    width = model.get_embedding_dimension()
+    if not texts:
+        return np.zeros((0, width or 0), dtype=np.float32)
+    distinct: dict[str, int] = {}
+    places = np.fromiter((distinct.setdefault(text, len(distinct)) for text in texts), np.int64, len(texts))
+    unique = list(distinct)
+    arguments: dict[str, Any] = {"prompt": prompt, "task": kind}
+    if max_length is not None:
+        arguments["max_length"] = max_length
+
+    lengths = _lengths(model, unique, arguments, world)
+    stripes = deal(lengths, world.world_size)
+    vectors: np.ndarray | None = None
+    with _evaluating(model), _Progress(len(unique), kind, world.rank == 0) as progress:
+        for first, last in cuts(lengths[stripes[:, 0]], batch_tokens):
+            batch = [unique[i] for i in stripes[first:last, world.rank]]
+            features = model.preprocess(batch, **arguments)
+            features = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in features.items()}
+            out = model(features, task=kind)["sentence_embedding"].float()
+            if normalize:
+                out = torch.nn.functional.normalize(out, dim=1)
+            gathered = _gather(out, world).cpu().numpy()  # [world, rows, d]
+            if vectors is None:
+                vectors = np.empty((len(unique), gathered.shape[-1]), dtype=np.float32)
+            vectors[stripes[first:last].T] = gathered
+            progress.advance(min(last * world.world_size, len(unique)))
+    assert vectors is not None
+    return vectors[places]
+
+
+def deal(lengths: np.ndarray, ranks: int) -> np.ndarray:
+    """Which text goes to which rank, int64 [stripes, ranks]: longest first, direction alternating.
+
+    Column 0 of a stripe holds its longest text in even stripes; the last stripe is filled up with the
+    shortest text. The difference in tokens between two ranks is at most the length of the longest text.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    filled = np.concatenate([order, np.repeat(order[-1:], -len(order) % ranks)]).reshape(-1, ranks)
+    filled[1::2] = filled[1::2, ::-1]
+    return filled
+
+
+def cuts(longest: np.ndarray, batch_tokens: int) -> Iterator[tuple[int, int]]:
+    """Ranges of stripes that fit `batch_tokens` (rows of one rank x longest), at least one stripe each.
+
+    `longest` [stripes] may be the length at any one rank: stripes descend, so a batch's first stripe rules
+    and its neighbour on another rank is at most as long as the stripe before.
+    """
+    first = 0
+    for stripe in range(1, len(longest) + 1):
+        if stripe == len(longest) or (stripe + 1 - first) * longest[first] > batch_tokens:
+            yield first, stripe
+            first = stripe
+
+
+def _lengths(
+    model: "SentenceTransformer", texts: list[str], arguments: dict[str, Any], world: "World"
+) -> np.ndarray:
+    """Tokens of each text after truncation, int64 [n]. All ranks must call: each measures its part."""
+    import torch
+
+    lengths = torch.zeros(len(texts), dtype=torch.int64)
+    mine = range(world.rank, len(texts), world.world_size)
+    for start in range(0, len(mine), _MEASURED_TOGETHER):
+        part = mine[start : start + _MEASURED_TOGETHER]
+        chunk = [texts[i] for i in part]
+        features = model.preprocess(chunk, **arguments)
+        if "attention_mask" in features:
+            measured = features["attention_mask"].sum(dim=1)
+        elif "cu_seq_lens_q" in features:  # flash attention: one flat row, no padding
+            measured = features["cu_seq_lens_q"].diff()
+        else:  # static embeddings have no padding; characters order them well enough
+            measured = torch.tensor([len(text) for text in chunk])
+        lengths[part.start : part.stop : part.step] = measured.to(torch.int64)
+    if world.world_size > 1:
+        lengths = lengths.to(model.device)
+        torch.distributed.all_reduce(lengths)
+    return lengths.cpu().numpy()
+
+
+def _gather(vectors: "torch.Tensor", world: "World") -> "torch.Tensor":
+    """[rows, d] of each rank -> [world, rows, d] on every rank. All ranks must call with equal shapes."""
+    import torch
+
+    if world.world_size == 1:
+        return vectors[None]
+    out = vectors.new_empty((world.world_size, *vectors.shape))
+    torch.distributed.all_gather_into_tensor(out, vectors.contiguous())
+    return out
+
+
+@contextmanager
+def _evaluating(model: "SentenceTransformer") -> Iterator[None]:
+    """Without gradients and dropout; each module's own training flag comes back, whatever happens."""
+    import torch
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class _Progress:
+    """A bar on a terminal, a plain line every 10 s in a log file; only on the rank that `speaks`."""
+
+    def __init__(self, total: int, kind: str, speaks: bool) -> None:
+        self._total, self._kind, self._speaks = total, kind, speaks
+        self._bar: Any = None
+        self._started = self._last = time.monotonic()
+
+    def __enter__(self) -> "_Progress":
+        if self._speaks and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, desc=f"embedding {self._kind} texts", leave=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, done: int) -> None:
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+        elif self._speaks and now - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = now
+            rate = done / (now - self._started)
+            log.info("embedding %s texts: %d of %d, %.0f/s", self._kind, done, self._total, rate)

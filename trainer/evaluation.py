@@ -1,0 +1,294 @@
+"""Retrieval evaluation on held-out pairs: base against tuned, at every dim of one embedding.
+
+`retrieval_set` makes queries, documents and judgements from pairs, `evaluate` turns the models' vectors into
+evaluation.json (DESIGN: results, comparisons, tradeoffs) and evaluation_queries.json, `table` into text.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launch.errors import UserError
+from launch.files import write_json
+from trainer import metrics
+
+MAIN_METRIC = "ndcg@10"
+_EXAMPLES = 10  # most improved and most hurt queries that are kept with their texts
+_PASSAGES = 3  # best passages shown per example and model
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """Queries, the documents that are searched, and for each query the indices of those that answer it."""
+
+    queries: list[str]
+    documents: list[str]
+    relevant: list[set[int]]
+
+    def __post_init__(self) -> None:
+        if not self.queries:
+            raise UserError("evaluate.sources: no queries; give held-out rows with anchor and positive")
+        if len(self.documents) < 2:
+            raise UserError(
+                f"evaluate.sources: {len(self.documents)} distinct positive(s), at least 2 are needed: a search "
+                f"in one document always finds it; give more held-out rows"
+            )
+        for query, documents in zip(self.queries, self.relevant, strict=True):
+            if not documents or not all(0 <= d < len(self.documents) for d in documents):
+                raise UserError(
+                    f"evaluate.sources: query {query[:80]!r} has no relevant document in the corpus; drop the query"
+                )
+
+
+def retrieval_set(
+    rows: Iterable[dict[str, Any]],
+    max_queries: int | None = None,
+    max_documents: int | None = None,
+    seed: int = 0,
+) -> RetrievalSet:
+    """Distinct anchors are queries, distinct positives documents; all positives of an anchor are relevant.
+
+    What is drawn, and the order of both, follow a hash keyed by `seed`: the order of rows changes nothing.
+    Documents that answer a drawn query stay; others fill up to `max_documents`. Raises UserError if there is
+    no row, a row lacks a text, fewer than 2 documents are left, or `max_documents` is below the relevant ones.
+    """
+    answers: dict[str, set[str]] = {}
+    for number, row in enumerate(rows):
+        anchor, positive = row.get("anchor"), row.get("positive")
+        if not isinstance(anchor, str) or not isinstance(positive, str):
+            raise UserError(
+                f"evaluate.sources: row {number} needs a text as anchor and as positive, got columns "
+                f"{', '.join(k for k, v in row.items() if isinstance(v, str)) or 'none'}; set evaluate.sources columns"
+            )
+        answers.setdefault(anchor, set()).add(positive)
+    if not answers:
+        raise UserError("evaluate.sources: no rows; give held-out rows with anchor and positive")
+
+    def place(text: str) -> bytes:
+        key = seed.to_bytes(16, "little", signed=True)
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=key, digest_size=16).digest()
+
+    queries = sorted(answers, key=place)[:max_queries]
+    wanted = set().union(*(answers[query] for query in queries))
+    others = sorted(set().union(*answers.values()) - wanted, key=place)
+    if max_documents is not None:
+        if len(wanted) > max_documents:
+            raise UserError(
+                f"evaluate.max_documents: got {max_documents}, but {len(queries)} queries have {len(wanted)} "
+                f"relevant passages; allowed: at least {len(wanted)}, or lower evaluate.max_queries"
+            )
+        others = others[: max_documents - len(wanted)]
+    documents = sorted([*wanted, *others], key=place)
+    index = {text: i for i, text in enumerate(documents)}
+    return RetrievalSet(queries, documents, [{index[text] for text in answers[query]} for query in queries])
+
+
+def evaluate(
+    retrieval: RetrievalSet,
+    vectors: dict[str, tuple[np.ndarray, np.ndarray]],
+    dims: Sequence[int],
+    artifact: str = "pytorch",
+    seed: int = 0,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(evaluation, queries): the contents of evaluation.json and of evaluation_queries.json.
+
+    `vectors` maps "base" and "tuned" (or one of them) to vectors [q, d] of the queries and [n, d] of the
+    documents, in the order of `retrieval`. The first model is compared with the last at each dim; the last
+    one's smaller dims are weighed against its largest. `p_holm` corrects p over the dims of one metric.
+    Raises UserError if a dim is wider than the vectors or a vector is not finite.
+    """
+    dims = sorted(set(dims), reverse=True)
+    for name, (queries, documents) in vectors.items():
+        assert len(queries) == len(retrieval.queries), name
+        assert len(documents) == len(retrieval.documents), name
+        if not dims or dims[-1] < 1 or dims[0] > queries.shape[1]:
+            raise UserError(f"loss.dims: got {dims}, allowed: 1 to {queries.shape[1]}, the width of the {name} model")
+    scores = {
+        name: metrics.score(retrieval.relevant, queries, documents, dims)
+        for name, (queries, documents) in vectors.items()
+    }
+
+    def column(model: str, dim: int, metric: str) -> np.ndarray:
+        return scores[model][dim][metric]
+
+    names = list(vectors)
+    cells = [(name, dim, metric) for name in names for dim in dims for metric in metrics.METRICS]
+    values = np.stack([column(*cell) for cell in cells], axis=1)  # [q, cells]
+    low, high = metrics.interval(values, seed=seed)
+    results = [
+        {
+            "model": name,
+            "artifact": artifact,
+            "dim": dim,
+            "metric": metric,
+            "value": float(values[:, i].mean()),
+            "ci95": [float(low[i]), float(high[i])],
+            "queries": len(retrieval.queries),
+            "documents": len(retrieval.documents),
+        }
+        for i, (name, dim, metric) in enumerate(cells)
+    ]
+
+    base, tuned = names[0], names[-1]
+    comparisons, tradeoffs = [], []
+    for metric in metrics.METRICS:
+        if base != tuned:
+            pairs = [(column(base, dim, metric), column(tuned, dim, metric)) for dim in dims]
+            for dim, outcome in zip(dims, _outcomes(pairs, seed), strict=True):
+                fixed = {"a": base, "b": tuned, "artifact": artifact, "dim": dim, "metric": metric}
+                comparisons.append(fixed | outcome)
+        pairs = [(column(tuned, dims[0], metric), column(tuned, dim, metric)) for dim in dims[1:]]
+        for dim, outcome in zip(dims[1:], _outcomes(pairs, seed), strict=True):
+            sides = {side: {"artifact": artifact, "dim": d} for side, d in (("a", dims[0]), ("b", dim))}
+            tradeoffs.append({"model": tuned, **sides, "metric": metric} | outcome)
+
+    evaluation = {
+        "results": results,
+        "comparisons": comparisons,
+        "tradeoffs": tradeoffs,
+        "latency": [metrics.search_latency(*vectors[tuned], dim) for dim in dims],
+    }
+    return evaluation, _examples(retrieval, vectors, scores, dims[0])
+
+
+def write_evaluation(run_dir: Path, evaluation: dict[str, Any], queries: dict[str, Any]) -> None:
+    """Write evaluation.json and evaluation_queries.json into `run_dir`, each whole or not at all."""
+    write_json(run_dir / "evaluation_queries.json", queries)
+    write_json(run_dir / "evaluation.json", evaluation)
+
+
+def table(evaluation: dict[str, Any], metric: str = MAIN_METRIC) -> str:
+    """Plain text, one line a dim: base, tuned, difference with interval and p, bytes and share of quality kept."""
+    rows = rows_by_dim(evaluation, metric)
+    if not rows:
+        return f"no results for {metric}"
+    head = ["dim", "base", "tuned", "difference [95 % interval]", "p (Holm)", "bytes/vector", "kept", "ms/search"]
+    lines = [head]
+    for row in rows:
+        change = "-"
+        if row["difference"] is not None:
+            change = f"{row['difference']:+.4f} [{row['ci95'][0]:+.4f}, {row['ci95'][1]:+.4f}]"
+        lines.append(
+            [
+                str(row["dim"]),
+                *("-" if row[name] is None else f"{row[name]['value']:.4f}" for name in ("base", "tuned")),
+                change,
+                format_p(row["p_holm"]),
+                str(row["bytes"]),
+                "-" if row["kept"] is None else f"{100 * row['kept']:.1f} %",
+                "-" if row["ms"] is None else f"{row['ms']:.2f}",
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    one = evaluation["results"][0]
+    return "\n".join([f"{metric} over {one['queries']} queries and {one['documents']} documents", *text])
+
+
+def rows_by_dim(evaluation: dict[str, Any], metric: str, artifact: str = "pytorch") -> list[dict[str, Any]]:
+    """What `table` and the report show of one metric: a dictionary a dim, largest first, None where unknown."""
+
+    def chosen(kind: str) -> list[dict[str, Any]]:
+        return [e for e in evaluation.get(kind, []) if e["metric"] == metric and e.get("artifact", artifact) == artifact]
+
+    results = {(entry["model"], entry["dim"]): entry for entry in chosen("results")}
+    compared = {entry["dim"]: entry for entry in chosen("comparisons")}
+    traded = {entry["b"]["dim"]: entry for entry in chosen("tradeoffs")}
+    latency = {entry["dim"]: entry["ms_per_query"] for entry in evaluation.get("latency", [])}
+    rows = []
+    for dim in sorted({dim for _, dim in results}, reverse=True):
+        base, tuned = results.get(("base", dim)), results.get(("tuned", dim))
+        last = tuned or base
+        full = (rows[0]["tuned"] or rows[0]["base"]) if rows else last
+        difference = compared.get(dim, {})
+        rows.append(
+            {
+                "dim": dim,
+                "base": base,
+                "tuned": tuned,
+                "difference": difference.get("difference"),
+                "ci95": difference.get("ci95"),
+                "p": difference.get("p"),
+                "p_holm": difference.get("p_holm", difference.get("p")),
+                "bytes": 4 * dim,
+                "kept": last["value"] / full["value"] if last and full and full["value"] else None,
+                "tradeoff": traded.get(dim),
+                "ms": latency.get(dim),
+            }
+        )
+    return rows
+
+
+def format_p(p: float | None) -> str:
+    """A p value for people: three decimals, and a bound instead of a zero."""
+    if p is None:
+        return "-"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _outcomes(pairs: list[tuple[np.ndarray, np.ndarray]], seed: int) -> list[dict[str, Any]]:
+    """Difference, interval, p and p_holm of each pair of columns; the pairs are one family."""
+    if not pairs:
+        return []
+    found = metrics.compare(*(np.stack(side, axis=1) for side in zip(*pairs, strict=True)), seed=seed)
+    corrected = metrics.holm(found.p.tolist())
+    return [
+        {
+            "difference": float(found.difference[i]),
+            "ci95": [float(found.low[i]), float(found.high[i])],
+            "p": float(found.p[i]),
+            "p_holm": corrected[i],
+        }
+        for i in range(len(pairs))
+    ]
+
+
+def _examples(
+    retrieval: RetrievalSet,
+    vectors: dict[str, tuple[np.ndarray, np.ndarray]],
+    scores: dict[str, dict[int, dict[str, np.ndarray]]],
+    dim: int,
+) -> dict[str, Any]:
+    """Queries that gained and lost most between the first and the last model, with their best passages."""
+    base, tuned = list(vectors)[0], list(vectors)[-1]
+    before, after = scores[base][dim][MAIN_METRIC], scores[tuned][dim][MAIN_METRIC]
+    change = after - before
+    order = np.argsort(-change, kind="stable")
+    improved = [int(i) for i in order[:_EXAMPLES] if change[i] > 0]
+    hurt = [int(i) for i in order[::-1][:_EXAMPLES] if change[i] < 0]
+
+    def best(name: str, i: int) -> dict[str, Any]:
+        queries, documents = vectors[name]
+        found, cosines = metrics.search(queries[i : i + 1], documents, _PASSAGES, dim)
+        top = [
+            {"document": retrieval.documents[d], "cosine": float(c), "relevant": d in retrieval.relevant[i]}
+            for d, c in zip(found[0].tolist(), cosines[0].tolist(), strict=True)
+        ]
+        return {"value": float(scores[name][dim][MAIN_METRIC][i]), "top": top}
+
+    def example(i: int) -> dict[str, Any]:
+        answers = sorted(retrieval.relevant[i])
+        return {
+            "query": retrieval.queries[i],
+            "relevant": [retrieval.documents[d] for d in answers[:_PASSAGES]],
+            "relevant_count": len(answers),
+            "difference": float(change[i]),
+            "base": best(base, i),
+            "tuned": best(tuned, i),
+        }
+
+    return {
+        "metric": MAIN_METRIC,
+        "dim": dim,
+        "counts": {
+            "improved": int((change > 0).sum()),
+            "same": int((change == 0).sum()),
+            "hurt": int((change < 0).sum()),
+        },
+        "improved": [example(i) for i in improved],
+        "hurt": [example(i) for i in hurt],
+    }

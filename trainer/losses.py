@@ -1,0 +1,137 @@
+"""sentence-transformers' own losses by name, with strictly checked arguments, with or without Matryoshka.
+
+A run file holds numbers, strings and lists only; where a loss wants a function or a model, `_BY_NAME` says
+which words stand for which.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.util import cos_sim, dot_score
+from torch import nn
+
+from launch import config as schema
+from launch.errors import UserError
+
+_SIMILARITY = {"cos_sim": cos_sim, "dot_score": dot_score}
+_DISTANCE = {name.lower(): getattr(losses.TripletDistanceMetric, name) for name in ("COSINE", "EUCLIDEAN", "MANHATTAN")}
+_SIAMESE = {
+    "cosine": losses.SiameseDistanceMetric.COSINE_DISTANCE,
+    "euclidean": losses.SiameseDistanceMetric.EUCLIDEAN,
+    "manhattan": losses.SiameseDistanceMetric.MANHATTAN,
+}
+_LABEL_DISTANCE = {
+    "cosine": losses.BatchHardTripletLossDistanceFunction.cosine_distance,
+    "euclidean": losses.BatchHardTripletLossDistanceFunction.eucledian_distance,
+}
+_BY_NAME: dict[str, dict[str, Any]] = {"similarity_fct": _SIMILARITY}
+for _loss in ("TripletLoss",):
+    _BY_NAME[f"{_loss}.distance_metric"] = _DISTANCE
+for _loss in ("ContrastiveLoss", "OnlineContrastiveLoss"):
+    _BY_NAME[f"{_loss}.distance_metric"] = _SIAMESE
+for _loss in ("BatchAllTripletLoss", "BatchHardTripletLoss", "BatchHardSoftMarginTripletLoss", "BatchSemiHardTripletLoss"):
+    _BY_NAME[f"{_loss}.distance_metric"] = _LABEL_DISTANCE
+
+
+def build_loss(
+    settings: schema.Loss, model: SentenceTransformer, load_guide: Callable[[str], SentenceTransformer] | None = None
+) -> nn.Module:
+    """The loss module that `settings` names, on `model`, wrapped in MatryoshkaLoss where dims are given.
+
+    `load_guide` turns the `guide` argument of a GIST loss (a path) into a model. Negatives are always gathered
+    over processes where the loss can: without it several processes would silently train another loss.
+    Raises UserError for an argument that the class does not have or cannot take, or dims beyond the model.
+    """
+    cls = getattr(losses, settings.name)
+    # Two losses share a constructor by inheritance, so the signature is the class's own view.
+    parameters = {k: p for k, p in inspect.signature(cls.__init__).parameters.items() if k not in ("self", "model")}
+    arguments: dict[str, Any] = {}
+    for name, value in settings.arguments.items():
+        if name not in parameters:
+            close = difflib.get_close_matches(name, parameters, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(
+                f"loss.arguments.{name}: {settings.name} has no such argument{hint}; allowed: {', '.join(parameters)}"
+            )
+        arguments[name] = _argument(settings.name, name, value, load_guide)
+    if "gather_across_devices" in parameters:
+        if settings.arguments.get("gather_across_devices") is False:
+            raise UserError(
+                "loss.arguments.gather_across_devices: false trains another loss on each number of processes; "
+                "leave it out: negatives are gathered over all processes"
+            )
+        arguments["gather_across_devices"] = True
+    if "sentence_embedding_dimension" in parameters:
+        arguments.setdefault("sentence_embedding_dimension", model.get_embedding_dimension())
+    missing = [k for k, p in parameters.items() if p.default is p.empty and k not in arguments and p.kind == p.POSITIONAL_OR_KEYWORD]
+    if missing:
+        raise UserError(f"loss.arguments: {settings.name} needs {', '.join(missing)}")
+    width = model.get_embedding_dimension() or 0
+    if settings.dims and settings.dims[0] > width:
+        raise UserError(f"loss.dims: got {settings.dims[0]}, the model has {width} dimensions; allowed: up to {width}")
+    try:
+        loss = cls(model=model, **arguments)
+        if settings.dims:
+            weights = settings.dim_weights or [1.0] * len(settings.dims)
+            loss = losses.MatryoshkaLoss(model, loss, settings.dims, weights)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"loss: {settings.name} refuses its arguments: {str(error).splitlines()[0]}") from error
+    return loss
+
+
+def _argument(
+    loss: str, name: str, value: Any, load_guide: Callable[[str], SentenceTransformer] | None
+) -> Any:
+    if name == "guide":
+        if not isinstance(value, str) or load_guide is None:
+            raise UserError(f"loss.arguments.guide: got {value!r}, allowed: path or hub name of a model")
+        return load_guide(value)
+    table = _BY_NAME.get(f"{loss}.{name}") or _BY_NAME.get(name)
+    if table is not None:
+        if value not in table:
+            raise UserError(f"loss.arguments.{name}: got {value!r}, allowed: {', '.join(table)}")
+        return table[value]
+    if isinstance(value, list):  # ST compares directions as tuples
+        return tuple(value)
+    return value
+
+
+class LossByDim:
+    """Records the loss at each Matryoshka dim while a loss of sentence-transformers computes it.
+
+    For a cached loss the value per dim is seen inside `calculate_loss`, for any other as the output of the
+    wrapped loss, once per dim in descending order.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        self.values: dict[int, Any] = {}
+        if not isinstance(loss, losses.MatryoshkaLoss):
+            return
+        if loss.uses_gradient_cache:
+            decorator = loss.loss.calculate_loss
+            decorator.fn = self._watch(decorator.fn)
+        else:
+            self._dims = loss.matryoshka_dims
+            self._next = 0
+            loss.register_forward_pre_hook(self._restart)
+            loss.loss.register_forward_hook(self._record)
+
+    def _watch(self, calculate: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(reps: list[list[Any]], *args: Any, **kwargs: Any) -> Any:
+            value = calculate(reps, *args, **kwargs)
+            self.values[reps[0][0].shape[-1]] = value.detach()
+            return value
+
+        return watched
+
+    def _restart(self, *_: Any) -> None:
+        self._next = 0
+
+    def _record(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        total = sum(output.values()) if isinstance(output, dict) else output
+        self.values[self._dims[self._next]] = total.detach()
+        self._next += 1

@@ -1,0 +1,140 @@
+"""The model of a run: loaded from a folder, a hub name or an installed package, with what the run file overrides.
+
+Roles have names throughout: `query` is what an anchor is, `document` what positives and negatives are.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+from launch import config as schema
+from launch.errors import UserError
+from launch.preflight import resolve_model_path
+
+Role = Literal["query", "document"]
+ROLES: tuple[Role, Role] = ("query", "document")
+
+
+def load_model(settings: schema.Model, device: str) -> SentenceTransformer:
+    """The model in fp32 on `device`, prompts and maximal lengths set as `settings` says.
+
+    Raises UserError if the weights cannot be found or read, or if an override does not fit the model.
+    """
+    path = resolve_model_path(settings.path)
+    model_kwargs: dict[str, Any] = {"dtype": "float32"}
+    if settings.attention:
+        model_kwargs["attn_implementation"] = settings.attention
+    try:
+        if settings.pooling is not None and not _comes_with_modules(path):
+            encoder = Transformer(path, model_args=model_kwargs)
+            pooling = Pooling(encoder.get_word_embedding_dimension(), pooling_mode=settings.pooling)
+            model = SentenceTransformer(modules=[encoder, pooling, Normalize()], device=device)
+        else:
+            model = SentenceTransformer(
+                path,
+                device=device,
+                revision=settings.revision,
+                trust_remote_code=settings.trust_remote_code,
+                model_kwargs=model_kwargs,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model.path: cannot load {settings.path!r}: {reason}") from error
+    if settings.pooling is not None and _pooling(model) != settings.pooling:
+        raise UserError(
+            f"model.pooling: {settings.path!r} comes with pooling {_pooling(model)!r}, got {settings.pooling!r}; "
+            f"leave it out to keep the model's own"
+        )
+    _set_lengths(model, settings)
+    for role in ROLES:
+        if (prompt := getattr(settings.prompts, role)) is not None:
+            model.prompts[role] = prompt
+    if settings.dropout is not None:
+        _set_dropout(model, settings.dropout)
+    return model
+
+
+def prompt_of(model: SentenceTransformer, role: Role) -> str | None:
+    """Text that goes before every input of this role, None if the model has none."""
+    return model.prompts.get(role) or None
+
+
+def max_length_of(model: SentenceTransformer, role: Role) -> int | None:
+    """Longest input of this role in tokens, special tokens and prompt included; None = unlimited."""
+    own = getattr(model[0], f"{role}_length", None)
+    return own or model.max_seq_length
+
+
+def freeze_unused(model: SentenceTransformer) -> list[str]:
+    """Freeze parameters that no embedding depends on, and return their names.
+
+    BERT's pooler head never gets a gradient: DDP with `find_unused_parameters=False` would wait for it for
+    ever, and FSDP2 cannot load an optimiser that has no state for it.
+    """
+    frozen = []
+    for name, parameter in model.named_parameters():
+        if ".pooler." in name and parameter.requires_grad:
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    return frozen
+
+
+def _comes_with_modules(path: str) -> bool:
+    return (Path(path) / "modules.json").is_file()
+
+
+def _pooling(model: SentenceTransformer) -> str:
+    for module in model:
+        if isinstance(module, Pooling):
+            mode = module.pooling_mode
+            return mode if isinstance(mode, str) else "+".join(mode)
+    return "none"
+
+
+def _set_lengths(model: SentenceTransformer, settings: schema.Model) -> None:
+    positions = getattr(getattr(model[0], "auto_model", None), "config", None)
+    positions = getattr(positions, "max_position_embeddings", None)
+    for key in ("max_seq_length", "max_query_length"):
+        length = getattr(settings, key)
+        if length is not None and positions is not None and length > positions:
+            raise UserError(f"model.{key}: got {length}, the model has {positions} positions; allowed: 2 to {positions}")
+    if settings.max_seq_length is not None:
+        model.max_seq_length = settings.max_seq_length
+    if settings.max_query_length is not None:
+        if model.max_seq_length and settings.max_query_length > model.max_seq_length:
+            raise UserError(
+                f"model.max_query_length: got {settings.max_query_length}, allowed: up to the maximal length "
+                f"{model.max_seq_length}; set model.max_seq_length too"
+            )
+        model[0].query_length = settings.max_query_length
+
+
+def _set_dropout(model: SentenceTransformer, probability: float) -> None:
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = probability
+        # Attention modules of transformers read the probability from an attribute at each call.
+        for name in ("attention_dropout", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, probability)
+    config = getattr(model[0], "auto_model", None)
+    config = getattr(config, "config", None)
+    for name in vars(config) if config is not None else ():
+        if name.endswith(("dropout", "dropout_prob")) and isinstance(getattr(config, name), int | float):
+            setattr(config, name, probability)
+
+
+def describe(model: SentenceTransformer) -> dict[str, Any]:
+    """Width, lengths, prompts and size of the model, for run.json and the log."""
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "width": model.get_embedding_dimension(),
+        "pooling": _pooling(model),
+        "max_length": {role: max_length_of(model, role) for role in ROLES},
+        "prompts": json.loads(json.dumps(model.prompts)),
+    }

@@ -1,0 +1,74 @@
+"""run.json: everything that is needed to know what a run was and to do it again.
+
+Written at the start (so that a killed run is known), completed at the end. Nothing of the environment is
+copied, so no credential can end up in it.
+"""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.config import RunConfig
+from launch.world import World
+
+_PACKAGES = ("nestling", "torch", "sentence-transformers", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+
+
+def start_record(config: RunConfig, argv: list[str], world: World, data: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of a run that begins now."""
+    return {
+        "run_id": uuid.uuid4().hex,
+        "config": config.model_dump(mode="json"),
+        "argv": argv,
+        "command": "accelerate launch train.py " + " ".join(argv),
+        "git": _git(Path(__file__).parent),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "devices": _devices(world),
+        "world": {"processes": world.world_size, "processes_per_node": world.local_world_size, "nodes": world.nodes},
+        "data": data,
+        "started": now(),
+        "finished": None,
+        "seconds": {},
+    }
+
+
+def now() -> str:
+    """This moment in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found
+
+
+def _devices(world: World) -> list[str]:
+    if torch.cuda.is_available():
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [f"CPU {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads per process"]
+
+
+def _git(folder: Path) -> dict[str, Any]:
+    def ask(*words: str) -> str | None:
+        try:
+            answer = subprocess.run(
+                ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return answer.stdout.strip()
+
+    status = ask("status", "--porcelain")
+    return {"commit": ask("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}

@@ -1,0 +1,249 @@
+"""The token cache: every text tokenised once, so that a step only slices and a plan reads no text.
+
+Files of one cache folder, all for `rows` x `columns` texts in row-major order (text number = row * columns +
+column): `ids.bin` int32 token ids without padding, `offsets.bin` int64 start of each text in ids (one more than
+texts), `token_id.bin` and `text_id.bin` uint64. `token_id` is a hash of role and final token ids and decides what is
+embedded once; `text_id` is a hash of the normalised text and decides masks. A cache is keyed by tokenizer, prompts,
+maximal lengths and data; one whose files differ from its manifest is built again.
+"""
+
+import json
+import os
+import sys
+import time
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from sentence_transformers import SentenceTransformer
+
+from launch.errors import UserError
+from launch.files import exclusive, publish_folder, remove_folder, write_json
+from trainer.model import Role, max_length_of, prompt_of
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_ROWS_AT_ONCE = 2048  # rows tokenised together: enough for all cores, a few MB of padding
+_FILES: dict[str, type[np.generic]] = {
+    "ids": np.int32,
+    "offsets": np.int64,
+    "token_id": np.uint64,
+    "text_id": np.uint64,
+}
+
+
+def role_of(column: str) -> Role:
+    """Anchors are queries, every other text column is a document."""
+    return "query" if column == "anchor" else "document"
+
+
+def text_id(text: str) -> int:
+    """64-bit hash of a text, the same for texts that differ only in Unicode form (NFKC), case or white space."""
+    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return xxhash.xxh3_64_intdigest(folded.encode("utf-8", "surrogatepass"))
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """Memory-mapped tokens of all rows; see the module's docstring for the layout."""
+
+    columns: list[str]
+    ids: np.ndarray
+    offsets: np.ndarray
+    token_id: np.ndarray  # [rows, columns] uint64
+    text_id: np.ndarray  # [rows, columns] uint64
+    prompt_length: dict[str, int | None]  # by role: tokens of the prompt, for poolings that leave it out
+
+    def __len__(self) -> int:
+        return len(self.token_id)
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Token counts, int64 [len(rows), columns]."""
+        first = rows[:, None] * len(self.columns) + np.arange(len(self.columns))
+        return self.offsets[first + 1] - self.offsets[first]
+
+    def texts(self, numbers: np.ndarray) -> list[np.ndarray]:
+        """Token ids of texts by text number, one int32 array each."""
+        return [self.ids[self.offsets[n] : self.offsets[n + 1]] for n in numbers]
+
+
+class Padder:
+    """Turns token ids into the features of the model: padded on its own side, with mask and token types."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        tokenizer = model.tokenizer
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self._left = tokenizer.padding_side == "left"
+        self._types = "token_type_ids" in tokenizer.model_input_names
+
+    def __call__(self, texts: Sequence[np.ndarray], device: torch.device | str) -> dict[str, Any]:
+        """Features for `model(features)`: input_ids, attention_mask (, token_type_ids) int64 [texts, longest]."""
+        longest = max(len(t) for t in texts)
+        ids = np.full((len(texts), longest), self._pad, np.int64)
+        mask = np.zeros((len(texts), longest), np.int64)
+        for row, text in enumerate(texts):
+            place = slice(longest - len(text), None) if self._left else slice(0, len(text))
+            ids[row, place] = text
+            mask[row, place] = 1
+        features: dict[str, Any] = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        if self._types:
+            features["token_type_ids"] = torch.zeros_like(features["input_ids"])
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in features.items()} | {"modality": "text"}
+
+
+def token_cache(
+    rows: Any, fingerprint: str, columns: Sequence[str], model: SentenceTransformer, cache_dir: Path
+) -> TokenCache:
+    """Open the cache of these rows for this model, building it first where there is none that is whole.
+
+    `rows` is a `datasets.Dataset` with the text `columns`; `fingerprint` stands for its content. Call it before the
+    process group exists: the first process of a node builds, the others wait on a file lock. Raises UserError for a
+    text that has no tokens.
+    """
+    facts = _facts(fingerprint, columns, model)
+    key = xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+    folder = cache_dir / "tokens" / key
+    with exclusive(cache_dir / "tokens" / f".{key}.lock"):
+        if not _is_whole(folder, facts):
+            remove_folder(folder)
+            _build(folder, facts, rows, columns, model)
+    return _open(folder, list(columns), _prompt_lengths(model))
+
+
+def _facts(fingerprint: str, columns: Sequence[str], model: SentenceTransformer) -> dict[str, Any]:
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else repr(model.tokenizer)
+    roles: list[Role] = ["query", "document"]
+    return {
+        "format": FORMAT,
+        "data": fingerprint,
+        "columns": list(columns),
+        "tokenizer": xxhash.xxh3_128_hexdigest(words.encode()),
+        "max_length": {role: max_length_of(model, role) for role in roles},
+        "prompts": {role: prompt_of(model, role) for role in roles},
+    }
+
+
+def _prompt_lengths(model: SentenceTransformer) -> dict[str, int | None]:
+    roles: list[Role] = ["query", "document"]
+    lengths: dict[str, int | None] = {}
+    for role in roles:
+        prompt = prompt_of(model, role)
+        lengths[role] = model.preprocess(["a"], prompt=prompt, task=role).get("prompt_length") if prompt else None
+    return lengths
+
+
+def _is_whole(folder: Path, facts: dict[str, Any]) -> bool:
+    """Whether the folder holds exactly what its manifest says, hash by hash, and was made for these facts."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest["facts"] == facts and all(
+            manifest["files"][name] == _hash(folder / f"{name}.bin") for name in _FILES
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _open(folder: Path, columns: list[str], prompt_length: dict[str, int | None]) -> TokenCache:
+    arrays = {name: np.memmap(folder / f"{name}.bin", dtype, "r") for name, dtype in _FILES.items()}
+    return TokenCache(
+        columns=columns,
+        ids=arrays["ids"],
+        offsets=arrays["offsets"],
+        token_id=arrays["token_id"].reshape(-1, len(columns)),
+        text_id=arrays["text_id"].reshape(-1, len(columns)),
+        prompt_length=prompt_length,
+    )
+
+
+def _build(folder: Path, facts: dict[str, Any], rows: Any, columns: Sequence[str], model: SentenceTransformer) -> None:
+    partial = folder.with_name(f".partial-{folder.name}")
+    remove_folder(partial)
+    partial.mkdir(parents=True)
+    # The tokenizer's own threads use all cores; off again before loader workers fork.
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        files = {name: (partial / f"{name}.bin").open("wb") for name in _FILES}
+        with _Progress(len(rows), "tokenising") as progress:
+            np.zeros(1, np.int64).tofile(files["offsets"])
+            end = 0
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                batch = rows[start : start + _ROWS_AT_ONCE]
+                by_column = [_tokenise(batch[column], column, model) for column in columns]
+                texts = [column[i] for i in range(len(by_column[0])) for column in by_column]
+                for i, text in enumerate(texts):
+                    if not len(text):
+                        row, column = divmod(i, len(columns))
+                        raise UserError(
+                            f"row {start + row + 1}, {columns[column]}: the text has no tokens; allowed: at least one"
+                        )
+                offsets = end + np.cumsum([len(t) for t in texts], dtype=np.int64)
+                end = int(offsets[-1])
+                np.concatenate(texts).tofile(files["ids"])
+                offsets.tofile(files["offsets"])
+                seeds = [role_of(column) == "query" for column in columns] * len(by_column[0])
+                tokens = (xxhash.xxh3_64_intdigest(t.tobytes(), int(s)) for t, s in zip(texts, seeds, strict=True))
+                np.fromiter(tokens, np.uint64).tofile(files["token_id"])
+                normal = (text_id(batch[column][i]) for i in range(len(by_column[0])) for column in columns)
+                np.fromiter(normal, np.uint64).tofile(files["text_id"])
+                progress.advance(len(by_column[0]))
+        for file in files.values():
+            file.close()
+        write_json(partial / MANIFEST, {"facts": facts, "files": {n: _hash(partial / f"{n}.bin") for n in _FILES}})
+        publish_folder(partial, folder)
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot write {partial}: {error.strerror}") from error
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        remove_folder(partial)
+
+
+def _tokenise(texts: Sequence[str], column: str, model: SentenceTransformer) -> list[np.ndarray]:
+    """Final token ids as the model's own preprocessing makes them, prompt included, padding taken off."""
+    role = role_of(column)
+    features = model.preprocess(list(texts), prompt=prompt_of(model, role), task=role)
+    ids = features["input_ids"].numpy().astype(np.int32)
+    mask = features["attention_mask"].numpy().astype(bool)
+    return [row[keep] for row, keep in zip(ids, mask, strict=True)]
+
+
+class _Progress:
+    """A bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, total: int, what: str) -> None:
+        self._total, self._what, self._done = total, what, 0
+        self._last = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> "_Progress":
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, desc=self._what, unit="row", leave=False)
+        return self
+
+    def advance(self, rows: int) -> None:
+        """Count rows that are done."""
+        self._done += rows
+        if self._bar is not None:
+            self._bar.update(rows)
+        elif time.monotonic() - self._last >= 10:
+            self._last = time.monotonic()
+            print(f"{self._what}: {self._done:,} of {self._total:,} rows", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
