@@ -65,8 +65,8 @@ def build_loss(
                 "leave it out: negatives are gathered over all processes"
             )
         arguments["gather_across_devices"] = True
-    if "sentence_embedding_dimension" in parameters:
-        arguments.setdefault("sentence_embedding_dimension", model.get_embedding_dimension())
+    if "embedding_dimension" in parameters:
+        arguments.setdefault("embedding_dimension", model.get_embedding_dimension())
     missing = [k for k, p in parameters.items() if p.default is p.empty and k not in arguments and p.kind == p.POSITIONAL_OR_KEYWORD]
     if missing:
         raise UserError(f"loss.arguments: {settings.name} needs {', '.join(missing)}")
