@@ -6,6 +6,7 @@ decorators. Every function of the file gives a pair or a reason why it gives non
 
 import ast
 import inspect
+import itertools
 import re
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from data_tools.split import normalise
 
 _MIN_WORDS = 3
 _LONG_SUMMARY = 300  # characters from which a summary is cut at the end of a sentence
-# A line of a docstring that ends its summary: a doctest, a field list, a section title or its underline, a list.
+# A line of a docstring that ends its summary: a doctest, a field list, a section title, an underline, a list.
 _END = re.compile(
     r">>>|\.\. |:[a-z]+( [^:]+)?: |@[a-z]+ |[-=~^*#]{3,}$|[-*+] |\d+[.)] |[|+]"
     r"|(parameters?|params|arg(ument)?s|returns?|raises|yields|examples?|notes?|see also|usage|input|output)"
@@ -29,6 +30,7 @@ _GENERIC = re.compile(
     r"see |same as |(re)?turns? (self|none|true|false|itself)\b.{0,3}$|inherit|override|overrid"
     r"|initiali[sz]e self|todo|fixme|deprecated|undocumented|dummy|placeholder|not implemented|internal use"
     r"|(this|the) (method|function) (is|was|has been) (deprecated|not implemented)|alias (for|of|to) "
+    r"|helper (function|method)? ?(for|of|to) \S+$"
 )
 
 
@@ -45,7 +47,7 @@ class Pair:
 
 
 def summary_of(docstring: str) -> str:
-    """First paragraph of a docstring as one line without markup, field lists and doctests; "" if it has none."""
+    """First paragraph of a docstring in one line without markup, field lists, doctests; "" if it has none."""
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
         lines: list[str] = []
         for line in map(str.strip, paragraph.splitlines()):
@@ -86,7 +88,8 @@ def pairs_of(source: str, package: str, path: str) -> Iterator[Pair | str]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
                 name = f"{prefix}{child.name}"
-                yield _pair(child, lines, package, path, name, nested)
+                texts = _texts(child, nested, lines)
+                yield texts if isinstance(texts, str) else Pair(*texts, package, path, child.lineno, name)
                 waiting.append((child, f"{name}.", True))
             elif isinstance(child, ast.ClassDef):
                 waiting.append((child, f"{prefix}{child.name}.", nested))
@@ -94,9 +97,10 @@ def pairs_of(source: str, package: str, path: str) -> Iterator[Pair | str]:
                 waiting.append((child, prefix, nested))
 
 
-def _pair(
-    node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str], package: str, path: str, name: str, nested: bool
-) -> Pair | str:
+def _texts(  # noqa: PLR0911 (a list of reasons reads best in this form)
+    node: ast.FunctionDef | ast.AsyncFunctionDef, nested: bool, lines: list[str]
+) -> tuple[str, str] | str:
+    """Anchor and positive of a function, or why it gives none."""
     docstring = ast.get_docstring(node, clean=False)
     if docstring is None:
         return "no docstring"
@@ -104,25 +108,27 @@ def _pair(
         return "nested in another function"
     if node.name.startswith("__") and node.name.endswith("__"):
         return "dunder method"
-    if node.name.startswith("test") or any(part.startswith("Test") for part in name.split(".")[:-1]):
+    if re.match(r"test(_|[A-Z]|$)", node.name):
         return "test function"
     if any(_last_name(decorator) == "overload" for decorator in node.decorator_list):
         return "overload"
     if all(_is_trivial(statement) for statement in node.body[1:]):
         return "trivial body"
     anchor = summary_of(docstring)
-    if not anchor:
-        return "no summary"
-    if _TEMPLATE.search(anchor):
-        return "docstring is a template"
-    if len(re.findall(r"[^\W\d_]{2,}", anchor)) < _MIN_WORDS:
-        return f"summary of fewer than {_MIN_WORDS} words"
-    if _GENERIC.match(normalise(anchor)):
-        return "generic summary"
+    if reason := _no_anchor(anchor):
+        return reason
     positive = _without_docstring(node, lines)
-    if positive is None:
-        return "docstring on a line with code"
-    return Pair(anchor, positive, package, path, node.lineno, name)
+    return "docstring on a line with code" if positive is None else (anchor, positive)
+
+
+def _no_anchor(summary: str) -> str | None:
+    if not summary:
+        return "no summary"
+    if _TEMPLATE.search(summary):
+        return "docstring is a template"
+    if len(re.findall(r"[^\W\d_]{2,}", summary)) < _MIN_WORDS:
+        return f"summary of fewer than {_MIN_WORDS} words"
+    return "generic summary" if _GENERIC.match(normalise(summary)) else None
 
 
 def _last_name(node: ast.expr) -> str:
@@ -135,19 +141,24 @@ def _is_trivial(statement: ast.stmt) -> bool:
         return _last_name(error) == "NotImplementedError"
     if isinstance(statement, ast.Return):
         value = statement.value
-        return value is None or isinstance(value, ast.Constant) or _last_name(value) in ("NotImplemented", "self")
+        return (
+            value is None
+            or isinstance(value, ast.Constant)
+            or _last_name(value) in ("NotImplemented", "self")
+        )
     return isinstance(statement, ast.Pass) or (
         isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
     )
 
 
 def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str | None:
-    """Signature and body, dedented by the indent of `def`; None where a line mixes the docstring with code."""
+    """Signature and body, dedented by the indent of `def`; None where a line mixes docstring and code."""
     first, second = node.body[0], node.body[1]
     assert first.end_lineno is not None and node.end_lineno is not None
     if second.lineno == first.end_lineno or lines[first.lineno - 1][: _characters(lines, first)].strip():
         return None
-    kept = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno]
+    body = itertools.dropwhile(lambda line: not line.strip(), lines[first.end_lineno : node.end_lineno])
+    kept = [*lines[node.lineno - 1 : first.lineno - 1], *body]
     margin = len(kept[0]) - len(kept[0].lstrip())
     kept = [line[margin:] if not line[:margin].strip() else line for line in kept]
     return "\n".join(line.rstrip() for line in kept).strip("\n")

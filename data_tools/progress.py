@@ -8,7 +8,7 @@ _EVERY = 10.0  # seconds between two plain lines in a log file
 
 
 class Progress:
-    """`label` names the work, `total` its amount in `unit`; `to(done)` says how far it is. A context manager."""
+    """`label` names the work, `total` its amount in `unit`; a context manager."""
 
     def __init__(self, label: str, total: int | None, unit: str):
         from tqdm import tqdm

@@ -1,9 +1,10 @@
-"""Shard folders: `shard-00000.parquet ...` and a `manifest.json` that says what they hold and where it is from.
+"""Shard folders: `shard-00000.parquet ...` and a `manifest.json` that says what they hold and from where.
 
-A folder is written streaming into a partial folder beside it and renamed when whole. Its fingerprint is a hash
-of the values in their order, so neither the cut into shards nor the version of the Parquet writer changes it.
+A folder is written streaming into a partial folder beside it and renamed when whole. Its fingerprint is a
+hash of the values in their order, so neither the cut into shards nor the Parquet writer's version changes it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -78,7 +79,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify_shards(folder: Path, hash_file: Callable[[Path], str] = sha256_of) -> Manifest:
-    """Compare every shard with the manifest by size and SHA-256. Raises UserError naming the first bad file."""
+    """Compare every shard with the manifest by size and SHA-256. Raises UserError naming a bad file."""
     manifest = read_manifest(folder)
     for shard in manifest.shards:
         path = folder / shard.name
@@ -129,7 +130,12 @@ class ShardWriter:
     ):
         import pyarrow as pa
 
-        types = {"text": pa.string(), "int": pa.int64(), "float": pa.float64(), "floats": pa.list_(pa.float64())}
+        types = {
+            "text": pa.string(),
+            "int": pa.int64(),
+            "float": pa.float64(),
+            "floats": pa.list_(pa.float64()),
+        }
         self.dropped: dict[str, int] = {}
         self.rows = 0
         self._folder, self._columns = folder, dict(columns)
@@ -137,7 +143,7 @@ class ShardWriter:
         self._schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
         self._values = {name: hashlib.sha256() for name in columns}
         self._group: dict[str, list[Any]] = {name: [] for name in columns}
-        self._group_bytes = self._shard_bytes = self._shard_rows = 0
+        self._group_rows = self._group_bytes = self._shard_bytes = self._shard_rows = 0
         self._shards: list[Shard] = []
         self._file: Any = None
 
@@ -154,7 +160,8 @@ class ShardWriter:
             self._values[name].update(b"%d:" % len(data) + data)
             self._group_bytes += len(data)
         self.rows += 1
-        if len(self._group[name]) >= _GROUP_ROWS or self._group_bytes >= _GROUP_BYTES:
+        self._group_rows += 1
+        if self._group_rows == _GROUP_ROWS or self._group_bytes >= _GROUP_BYTES:
             self._end_group()
             if self._shard_bytes >= _SHARD_BYTES:
                 self._end_shard()
@@ -166,14 +173,18 @@ class ShardWriter:
         if self._file is None:
             self._path = self._partial / f"shard-{len(self._shards):05d}.parquet"
             self._file = pq.ParquetWriter(
-                str(self._path), self._schema, compression="zstd", use_dictionary=False, write_statistics=False
+                str(self._path),
+                self._schema,
+                compression="zstd",
+                use_dictionary=False,
+                write_statistics=False,
             )
         group = pa.table(self._group, schema=self._schema)
         self._file.write_table(group, row_group_size=_GROUP_ROWS)
         self._shard_rows += group.num_rows
         self._shard_bytes += self._group_bytes
         self._group = {name: [] for name in self._columns}
-        self._group_bytes = 0
+        self._group_rows = self._group_bytes = 0
 
     def _end_shard(self) -> None:
         self._file.close()
@@ -193,12 +204,15 @@ class ShardWriter:
             if error is None:
                 self._publish()
         finally:
+            if self._file is not None:
+                with contextlib.suppress(Exception):  # its end cannot be written to a full disk
+                    self._file.close()
             remove_folder(self._partial)
 
     def _publish(self) -> None:
         if not self.rows:
             raise UserError(f"{self._folder}: no rows to write")
-        if self._group_bytes:
+        if self._group_rows:
             self._end_group()
         if self._file is not None:
             self._end_shard()

@@ -1,4 +1,4 @@
-"""Copies and draws: what makes two texts or two functions the same, near-copies between two sides, seeded draws.
+"""Copies and draws: what makes two texts or functions the same, near-copies between two sides, seeded draws.
 
 Everything is exact and deterministic: no sampling decides what counts as a copy, no file order what is drawn.
 """
@@ -6,24 +6,44 @@ Everything is exact and deterministic: no sampling decides what counts as a copy
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Hashable, Iterable, Sequence
+from types import CodeType
 
 NEAR_COPY = 0.8  # Jaccard of token shingles from which two functions count as copies of each other
 _SHINGLE = 5  # tokens of a shingle
-# A string, a comment, a word, a number or one other character of Python code; comments and blanks are left out.
+# A string, a comment, a word, a number or one other character of Python code; comments are left out.
 _TOKEN = re.compile(
-    r"""(\"{3}.*?\"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|\#[^\n]*|(\w+|[^\w\s])""", re.DOTALL
+    r"""(\"{3}.*?\"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|\#[^\n]*|(\w+|[^\w\s])""",
+    re.DOTALL,
 )
 
 
 def normalise(text: str) -> str:
-    """Text without differences of Unicode form (NFKC), case and white space: what identities are made from."""
+    """Text without differences of Unicode form (NFKC), case and white space: identities are made from it."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def code_tokens(code: str) -> list[str]:
-    """Tokens of Python code without comments and white space; strings without their quotes."""
-    return [text.strip("\"'") if text else word for text, word in _TOKEN.findall(code) if text or word]
+    """Tokens of a function without its name, comments and white space; strings without their quotes."""
+    tokens = [text.strip("\"'") if text else word for text, word in _TOKEN.findall(code) if text or word]
+    name = tokens.index("def") + 1
+    return tokens[:name] + tokens[name + 1 :]
+
+
+def code_identity(function: str) -> Hashable:
+    """Equal for functions that compile to the same code: name, comments, layout, annotations, defaults of
+    parameters, docstrings of inner functions and asserts do not count. For comparisons within one process.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes such as "\d" in other people's strings
+        module = compile(function, "function", "exec", dont_inherit=True, optimize=2)
+    return next(_compiled(code) for code in reversed(module.co_consts) if isinstance(code, CodeType))
+
+
+def _compiled(code: CodeType) -> Hashable:
+    constants = tuple(_compiled(c) if isinstance(c, CodeType) else (type(c), c) for c in code.co_consts)
+    return (code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars, code.co_flags)
 
 
 def shingles(tokens: Sequence[str]) -> frozenset[int]:
@@ -34,7 +54,9 @@ def shingles(tokens: Sequence[str]) -> frozenset[int]:
 
 def hash_of(text: str) -> int:
     """64 bits of BLAKE2b: the same in every process, unlike Python's `hash`."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
+    )
 
 
 def near_copies(
@@ -66,7 +88,7 @@ def _prefix(elements: frozenset[int], threshold: float) -> list[int]:
 
 
 def draw_order(identities: Iterable[str], seed: int) -> list[int]:
-    """Indices in an order that depends on each identity and the seed only, never on the order of the input."""
+    """Indices in an order that depends on each identity and the seed, never on the order of the input."""
     key = seed.to_bytes(8, "big")
     keys = [hashlib.blake2b(text.encode(), key=key, digest_size=16).digest() for text in identities]
     return sorted(range(len(keys)), key=keys.__getitem__)

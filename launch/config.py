@@ -1,9 +1,10 @@
-"""The run's config: one typed, frozen model per section of a run file, every field documented where it stands.
+"""The run's config: a typed, frozen model per section of a run file, every field documented where it stands.
 
 `launch/reader.py` turns YAML and overrides into a `RunConfig`. `null` means off or "the model's own"; no
 number stands for something else. `nestling config schema` prints the JSON schema made from this file.
 """
 
+import itertools
 import re
 from typing import Annotated, Any, Literal
 
@@ -41,7 +42,7 @@ LossName = Literal[
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are not coerced, nothing changes after reading."""
+    """Base of all sections: unknown keys are errors, no value is coerced, nothing changes after reading."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -65,15 +66,15 @@ class Model(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub; null = the newest."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the weights; allowed only with `revision` pinned to a 40-digit commit."""
+    """Run Python code that comes with the weights; only with `revision` pinned to a 40-digit commit."""
     max_seq_length: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
-    """Longest input in tokens, special tokens and prompt included; longer texts are cut. null = the model's."""
+    """Longest input in tokens, special tokens and prompt included; the rest is cut. null = the model's."""
     max_query_length: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     """The same for anchors and queries only; null = max_seq_length."""
     prompts: Prompts = Prompts()
     """Prompts by role."""
     pooling: Literal["mean", "cls", "max", "lasttoken", "weightedmean"] | None = None
-    """Pooling of token embeddings, for weights that come without one; null = the model's own, mean if none."""
+    """Pooling of token embeddings, for weights that come without one; null = the model's, mean if none."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Every dropout probability of the encoder, 0 to below 1; null = the model's own."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
@@ -83,7 +84,8 @@ class Model(Section):
     def _remote_code_is_pinned(self) -> "Model":
         if self.trust_remote_code and not PINNED_REVISION.fullmatch(self.revision or ""):
             raise ValueError(
-                f"trust_remote_code runs code from the hub: pin model.revision to a 40-digit commit, got {self.revision!r}"
+                "trust_remote_code runs code from the hub: pin model.revision to a 40-digit commit, "
+                f"got {self.revision!r}"
             )
         return self
 
@@ -92,8 +94,8 @@ class Source(Section):
     """Rows of one file, folder or data set."""
 
     path: str | None = None
-    """.jsonl[.gz], .csv, .tsv or .parquet file, a folder of shards that `nestling data` made, or a data set that
-    Hugging Face datasets saved on disk. Exactly one of path and hub is given."""
+    """.jsonl[.gz], .csv, .tsv or .parquet file, a folder of shards that `nestling data` made, or a data set
+    that Hugging Face datasets saved on disk. Exactly one of path and hub is given."""
     hub: str | None = None
     """Name of a data set on the Hugging Face hub, `owner/name` or `owner/name:configuration`."""
     split: str = "train"
@@ -101,8 +103,8 @@ class Source(Section):
     revision: str | None = None
     """Branch, tag or commit of a data set on the hub."""
     columns: dict[str, str] | None = None
-    """Which column plays which role, for example {anchor: question, positive: answer}. Roles: anchor, positive,
-    negative, negative_1, negative_2 ..., score, label. null = the columns are already named by roles."""
+    """Which column plays which role, for example {anchor: question, positive: answer}. Roles: anchor,
+    positive, negative, negative_1, negative_2 ..., score, label. null = the columns are named by roles."""
     license: str | None = None
     """SPDX identifier or a sentence; goes into the data card and the bundle. null = unknown, and said so."""
 
@@ -112,7 +114,8 @@ class Source(Section):
         for role in columns or {}:
             if not ROLE.fullmatch(role):
                 raise ValueError(
-                    f"{role!r} is no role; allowed: anchor, positive, negative, negative_1, negative_2 ..., score, label"
+                    f"{role!r} is no role; allowed: anchor, positive, negative, negative_1, negative_2 ..., "
+                    "score, label"
                 )
         return columns
 
@@ -150,11 +153,18 @@ class Loss(Section):
     """Matryoshka dimensions, largest first, for example [768, 512, 256, 128, 64]; null = full width only."""
     dim_weights: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] | None = None
     """Weight of the loss at each dim, in the order of dims; null = 1 each."""
+    mask_known_positives: bool = True
+    """Leave out of an anchor's negatives what the batch knows to be right for it: texts equal to its
+    positives or to itself (Unicode form, case and white space folded). false = sentence-transformers' loss
+    with its repetitions."""
+    step: Literal["exact", "library"] = "exact"
+    """How CachedMultipleNegativesRankingLoss is computed: nestling's exact step, or sentence-transformers'
+    own code, for comparison. Every other loss runs in sentence-transformers' own code."""
 
     @model_validator(mode="after")
     def _dims_descend(self) -> "Loss":
         dims = self.dims or []
-        if any(larger <= smaller for larger, smaller in zip(dims, dims[1:], strict=False)):
+        if any(larger <= smaller for larger, smaller in itertools.pairwise(dims)):
             raise ValueError(f"dims must descend, largest first, each once, got {dims}")
         if self.dim_weights is not None and len(self.dim_weights) != len(dims):
             raise ValueError(
@@ -177,19 +187,29 @@ class Train(Section):
     """Stop after this many steps, whatever `epochs` says; null = by epochs."""
     learning_rate: float = Field(default=2e-5, gt=0)
     """Peak learning rate."""
-    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
-        "linear"
-    )
+    scheduler: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+    ] = "linear"
     """Course of the learning rate after the warm-up."""
-    warmup_steps: int | float = Field(default=0, ge=0)
+    warmup_steps: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0)] = 0
     """Steps of linear warm-up; a number below 1 is a share of all steps."""
     optim: Literal[
-        "adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "lion_32bit", "adamw_bnb_8bit", "rmsprop", "adagrad"
+        "adamw_torch",
+        "adamw_torch_fused",
+        "sgd",
+        "adafactor",
+        "lion_32bit",
+        "adamw_bnb_8bit",
+        "rmsprop",
+        "adagrad",
     ] = "adamw_torch"
     """Optimiser, by transformers' name."""
     optim_arguments: dict[str, float | str | bool] = {}
     """Further arguments that transformers passes to this optimiser (its `optim_args`)."""
-    adam_betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    adam_betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [
+        0.9,
+        0.999,
+    ]
     """Decay rates of Adam's two moments."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
     """Added to Adam's denominator."""
@@ -201,6 +221,12 @@ class Train(Section):
     """Seed of the data order, of dropout and of everything else that is drawn."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the encoder; weights and optimiser states stay fp32."""
+    micro_batch_tokens: int = Field(default=8192, ge=1)
+    """Budget of texts that go through the encoder together: rows x longest length; only memory and speed
+    depend on it. A text longer than the budget goes alone. For the exact step."""
+    graph_memory: float = Field(default=0.0, ge=0)
+    """GiB per process for graphs that are kept from the first pass instead of computed again; up to a third
+    faster. For the exact step."""
     gradient_checkpointing: bool = False
     """Recompute activations layer by layer in the backward pass: less memory, about a third more time."""
     world_size: Annotated[int, Field(ge=1)] | None = None
@@ -243,7 +269,7 @@ class Export(Section):
     opset: Literal[18, 20, 21, 22, 23] = 18
     """ONNX operator set."""
     license: str | None = None
-    """SPDX identifier of the base model's licence; null = read from its model card, "unknown" if it says none."""
+    """SPDX identifier of the base model's licence; null = from its model card, "unknown" if it says none."""
 
 
 class RunConfig(Section):

@@ -14,7 +14,11 @@ from launch.config import Loss, LossName
 from launch.errors import UserError
 from trainer.losses import LossByDim, build_loss
 
-MINIMAL = {"SoftmaxLoss": {"num_labels": 3}, "GISTEmbedLoss": {"guide": "guide"}, "CachedGISTEmbedLoss": {"guide": "guide"}}
+MINIMAL = {
+    "SoftmaxLoss": {"num_labels": 3},
+    "GISTEmbedLoss": {"guide": "guide"},
+    "CachedGISTEmbedLoss": {"guide": "guide"},
+}
 TEXTS = (["how to sort", "open a file", "a b c", "sum"], ["sorted(x)", "open(path)", "x y z", "sum(values)"])
 
 
@@ -45,10 +49,16 @@ def test_every_named_loss_is_built_and_gives_a_gradient(name: str, minilm: Sente
         (Loss(arguments={"scal": 3.0}), "loss.arguments.scal: .* did you mean scale"),
         (Loss(name="SoftmaxLoss"), "SoftmaxLoss needs num_labels"),
         (Loss(arguments={"gather_across_devices": False}), "another loss"),
-        (Loss(name="TripletLoss", arguments={"distance_metric": "cosin"}), "allowed: cosine, euclidean, manhattan"),
+        (
+            Loss(name="TripletLoss", arguments={"distance_metric": "cosin"}),
+            "allowed: cosine, euclidean, manhattan",
+        ),
         (Loss(dims=[768, 64]), "loss.dims: got 768, the model has 384"),
         (Loss(name="GISTEmbedLoss"), "needs guide"),
-        (Loss(name="MultipleNegativesRankingLoss", arguments={"directions": ["nowhere"]}), "refuses its arguments"),
+        (
+            Loss(name="MultipleNegativesRankingLoss", arguments={"directions": ["nowhere"]}),
+            "refuses its arguments",
+        ),
     ],
 )
 def test_a_wrong_argument_is_one_line(settings: Loss, message: str, minilm: SentenceTransformer) -> None:
@@ -58,7 +68,9 @@ def test_a_wrong_argument_is_one_line(settings: Loss, message: str, minilm: Sent
 
 
 @pytest.mark.parametrize("name", ["CachedMultipleNegativesRankingLoss", "CosineSimilarityLoss", "CoSENTLoss"])
-def test_losses_by_dim_add_up_to_the_loss_and_equal_each_dim_alone(name: str, minilm: SentenceTransformer) -> None:
+def test_losses_by_dim_add_up_to_the_loss_and_equal_each_dim_alone(
+    name: str, minilm: SentenceTransformer
+) -> None:
     loss = build_loss(Loss(name=name, dims=[384, 64, 32], dim_weights=[1.0, 0.5, 2.0]), minilm)
     by_dim = LossByDim(loss)
     labels = torch.tensor([1.0, 0.2, 0.4, 0.9])
@@ -70,7 +82,9 @@ def test_losses_by_dim_add_up_to_the_loss_and_equal_each_dim_alone(name: str, mi
     # Independent: the plain loss on a model that truncates its embeddings.
     truncated = SentenceTransformer(modules=[*list(minilm)], truncate_dim=64)
     plain = build_loss(Loss(name=name), truncated)
-    vectors = [torch.nn.functional.normalize(minilm(dict(f))["sentence_embedding"][:, :64], dim=-1) for f in features]
+    vectors = [
+        torch.nn.functional.normalize(minilm(dict(f))["sentence_embedding"][:, :64], dim=-1) for f in features
+    ]
     if hasattr(plain, "calculate_loss"):
         alone = plain.calculate_loss([[v] for v in vectors])
         assert by_dim.values[64].item() == pytest.approx(alone.item(), rel=1e-5)

@@ -22,9 +22,14 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"{_PREFIX}{step}"
 
 
+def partial_name(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written before it is published."""
+    return run_dir / "checkpoints" / f".partial-{step}"
+
+
 def partial_of(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step is written before it is published; a leftover is removed."""
-    partial = run_dir / "checkpoints" / f".partial-{step}"
+    """An empty folder to write the checkpoint of a step into; a leftover is removed."""
+    partial = partial_name(run_dir, step)
     remove_folder(partial)
     partial.mkdir(parents=True)
     return partial
@@ -50,7 +55,9 @@ def problem_with(checkpoint: Path) -> str | None:
     found.pop(MANIFEST, None)
     for name in sorted({*listed, *found}):
         if listed.get(name) != found.get(name):
-            state = "missing" if name not in found else "not in the manifest" if name not in listed else "changed"
+            state = (
+                "missing" if name not in found else "not in the manifest" if name not in listed else "changed"
+            )
             return f"{checkpoint}: {name} is {state}"
     return None
 

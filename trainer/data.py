@@ -58,7 +58,9 @@ def _open(folder: Path, manifest: Manifest, cache_dir: Path, datasets: Any) -> A
     finally:
         if quiet:
             datasets.utils.logging.enable_progress_bar()
-    return rows.select_columns(sorted((c for c in rows.column_names if schema.ROLE.fullmatch(c)), key=_position))
+    return rows.select_columns(
+        sorted((c for c in rows.column_names if schema.ROLE.fullmatch(c)), key=_position)
+    )
 
 
 def _position(role: str) -> tuple[int, int]:
@@ -70,5 +72,3 @@ def _position(role: str) -> tuple[int, int]:
 def text_columns(columns: Sequence[str]) -> list[str]:
     """The columns that hold text, in order."""
     return [c for c in columns if c not in ("score", "label")]
-
-

@@ -5,7 +5,6 @@ alternating, as the training step does it: every rank runs the same number of ba
 shape, which engines that gather parameters in the forward pass need.
 """
 
-import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from launch.world import World
-
-log = logging.getLogger(__name__)
 
 _MEASURED_TOGETHER = 1024  # texts tokenised in one call to learn their lengths
 _SECONDS_BETWEEN_LINES = 10.0
@@ -60,7 +57,7 @@ def embed(
     stripes = deal(lengths, world.world_size)
     vectors: np.ndarray | None = None
     with _evaluating(model), _Progress(len(unique), kind, world.rank == 0) as progress:
-        for first, last in cuts(lengths[stripes[:, 0]], batch_tokens):
+        for first, last in cuts(lengths[stripes].max(axis=1), batch_tokens):
             batch = [unique[i] for i in stripes[first:last, world.rank]]
             features = model.preprocess(batch, **arguments)
             features = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in features.items()}
@@ -79,8 +76,7 @@ def embed(
 def deal(lengths: np.ndarray, ranks: int) -> np.ndarray:
     """Which text goes to which rank, int64 [stripes, ranks]: longest first, direction alternating.
 
-    Column 0 of a stripe holds its longest text in even stripes; the last stripe is filled up with the
-    shortest text. The difference in tokens between two ranks is at most the length of the longest text.
+    The last stripe is filled up with the shortest text. Two ranks differ by at most the longest text.
     """
     order = np.argsort(-lengths, kind="stable")
     filled = np.concatenate([order, np.repeat(order[-1:], -len(order) % ranks)]).reshape(-1, ranks)
@@ -91,8 +87,7 @@ def deal(lengths: np.ndarray, ranks: int) -> np.ndarray:
 def cuts(longest: np.ndarray, batch_tokens: int) -> Iterator[tuple[int, int]]:
     """Ranges of stripes that fit `batch_tokens` (rows of one rank x longest), at least one stripe each.
 
-    `longest` [stripes] may be the length at any one rank: stripes descend, so a batch's first stripe rules
-    and its neighbour on another rank is at most as long as the stripe before.
+    `longest` [stripes], in tokens, descends: the first stripe of a batch is its longest.
     """
     first = 0
     for stripe in range(1, len(longest) + 1):
@@ -132,9 +127,10 @@ def _gather(vectors: "torch.Tensor", world: "World") -> "torch.Tensor":
 
     if world.world_size == 1:
         return vectors[None]
-    out = vectors.new_empty((world.world_size, *vectors.shape))
-    torch.distributed.all_gather_into_tensor(out, vectors.contiguous())
-    return out
+    rows, width = vectors.shape
+    out = vectors.new_empty((world.world_size * rows, width))
+    torch.distributed.all_gather_single(out, vectors.contiguous())
+    return out.view(world.world_size, rows, width)
 
 
 @contextmanager
@@ -178,4 +174,4 @@ class _Progress:
         elif self._speaks and now - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = now
             rate = done / (now - self._started)
-            log.info("embedding %s texts: %d of %d, %.0f/s", self._kind, done, self._total, rate)
+            print(f"embedding {self._kind} texts: {done:,} of {self._total:,}, {rate:,.0f}/s", flush=True)

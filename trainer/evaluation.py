@@ -7,13 +7,11 @@ evaluation.json (DESIGN: results, comparisons, tradeoffs) and evaluation_queries
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from launch.errors import UserError
-from launch.files import write_json
 from trainer import metrics
 
 MAIN_METRIC = "ndcg@10"
@@ -34,13 +32,14 @@ class RetrievalSet:
             raise UserError("evaluate.sources: no queries; give held-out rows with anchor and positive")
         if len(self.documents) < 2:
             raise UserError(
-                f"evaluate.sources: {len(self.documents)} distinct positive(s), at least 2 are needed: a search "
-                f"in one document always finds it; give more held-out rows"
+                f"evaluate.sources: got {len(self.documents)} distinct positive(s), allowed: at least 2, "
+                f"because a search in one document always finds it; give more held-out rows"
             )
         for query, documents in zip(self.queries, self.relevant, strict=True):
             if not documents or not all(0 <= d < len(self.documents) for d in documents):
                 raise UserError(
-                    f"evaluate.sources: query {query[:80]!r} has no relevant document in the corpus; drop the query"
+                    f"evaluate.sources: query {query[:80]!r} has no relevant document in the corpus; "
+                    f"leave that query out"
                 )
 
 
@@ -54,15 +53,16 @@ def retrieval_set(
 
     What is drawn, and the order of both, follow a hash keyed by `seed`: the order of rows changes nothing.
     Documents that answer a drawn query stay; others fill up to `max_documents`. Raises UserError if there is
-    no row, a row lacks a text, fewer than 2 documents are left, or `max_documents` is below the relevant ones.
+    no row, a row lacks a text, fewer than 2 documents are left, or the relevant ones exceed `max_documents`.
     """
     answers: dict[str, set[str]] = {}
     for number, row in enumerate(rows):
         anchor, positive = row.get("anchor"), row.get("positive")
         if not isinstance(anchor, str) or not isinstance(positive, str):
             raise UserError(
-                f"evaluate.sources: row {number} needs a text as anchor and as positive, got columns "
-                f"{', '.join(k for k, v in row.items() if isinstance(v, str)) or 'none'}; set evaluate.sources columns"
+                f"evaluate.sources: row {number} needs a text as anchor and as positive, got texts in "
+                f"{', '.join(k for k, v in row.items() if isinstance(v, str)) or 'no column'}; "
+                f"set columns of the source"
             )
         answers.setdefault(anchor, set()).add(positive)
     if not answers:
@@ -106,7 +106,9 @@ def evaluate(
         assert len(queries) == len(retrieval.queries), name
         assert len(documents) == len(retrieval.documents), name
         if not dims or dims[-1] < 1 or dims[0] > queries.shape[1]:
-            raise UserError(f"loss.dims: got {dims}, allowed: 1 to {queries.shape[1]}, the width of the {name} model")
+            raise UserError(
+                f"loss.dims: got {dims}, allowed: 1 to {queries.shape[1]}, the width of the {name} model"
+            )
     scores = {
         name: metrics.score(retrieval.relevant, queries, documents, dims)
         for name, (queries, documents) in vectors.items()
@@ -155,18 +157,21 @@ def evaluate(
     return evaluation, _examples(retrieval, vectors, scores, dims[0])
 
 
-def write_evaluation(run_dir: Path, evaluation: dict[str, Any], queries: dict[str, Any]) -> None:
-    """Write evaluation.json and evaluation_queries.json into `run_dir`, each whole or not at all."""
-    write_json(run_dir / "evaluation_queries.json", queries)
-    write_json(run_dir / "evaluation.json", evaluation)
-
-
 def table(evaluation: dict[str, Any], metric: str = MAIN_METRIC) -> str:
-    """Plain text, one line a dim: base, tuned, difference with interval and p, bytes and share of quality kept."""
+    """Plain text, one line a dim: base, tuned, difference with interval and p, bytes, share kept."""
     rows = rows_by_dim(evaluation, metric)
     if not rows:
         return f"no results for {metric}"
-    head = ["dim", "base", "tuned", "difference [95 % interval]", "p (Holm)", "bytes/vector", "kept", "ms/search"]
+    head = [
+        "dim",
+        "base",
+        "tuned",
+        "difference [95 % interval]",
+        "p (Holm)",
+        "bytes/vector",
+        "kept",
+        "ms/search",
+    ]
     lines = [head]
     for row in rows:
         change = "-"
@@ -190,10 +195,14 @@ def table(evaluation: dict[str, Any], metric: str = MAIN_METRIC) -> str:
 
 
 def rows_by_dim(evaluation: dict[str, Any], metric: str, artifact: str = "pytorch") -> list[dict[str, Any]]:
-    """What `table` and the report show of one metric: a dictionary a dim, largest first, None where unknown."""
+    """What `table` and the report show of a metric: a dictionary a dim, largest first, None if unknown."""
 
     def chosen(kind: str) -> list[dict[str, Any]]:
-        return [e for e in evaluation.get(kind, []) if e["metric"] == metric and e.get("artifact", artifact) == artifact]
+        return [
+            e
+            for e in evaluation.get(kind, [])
+            if e["metric"] == metric and e.get("artifact", artifact) == artifact
+        ]
 
     results = {(entry["model"], entry["dim"]): entry for entry in chosen("results")}
     compared = {entry["dim"]: entry for entry in chosen("comparisons")}
@@ -254,19 +263,25 @@ def _examples(
     dim: int,
 ) -> dict[str, Any]:
     """Queries that gained and lost most between the first and the last model, with their best passages."""
-    base, tuned = list(vectors)[0], list(vectors)[-1]
+    base, tuned = next(iter(vectors)), list(vectors)[-1]
     before, after = scores[base][dim][MAIN_METRIC], scores[tuned][dim][MAIN_METRIC]
     change = after - before
     order = np.argsort(-change, kind="stable")
     improved = [int(i) for i in order[:_EXAMPLES] if change[i] > 0]
     hurt = [int(i) for i in order[::-1][:_EXAMPLES] if change[i] < 0]
 
+    chosen = np.array(improved + hurt, dtype=np.int64)
+    found = {
+        name: metrics.search(queries[chosen], documents, _PASSAGES, dim)
+        for name, (queries, documents) in vectors.items()
+    }
+
     def best(name: str, i: int) -> dict[str, Any]:
-        queries, documents = vectors[name]
-        found, cosines = metrics.search(queries[i : i + 1], documents, _PASSAGES, dim)
+        place = int(np.flatnonzero(chosen == i)[0])
+        ranked = zip(*(part[place].tolist() for part in found[name]), strict=True)
         top = [
-            {"document": retrieval.documents[d], "cosine": float(c), "relevant": d in retrieval.relevant[i]}
-            for d, c in zip(found[0].tolist(), cosines[0].tolist(), strict=True)
+            {"document": retrieval.documents[d], "cosine": c, "relevant": d in retrieval.relevant[i]}
+            for d, c in ranked
         ]
         return {"value": float(scores[name][dim][MAIN_METRIC][i]), "top": top}
 

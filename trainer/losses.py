@@ -18,7 +18,9 @@ from launch import config as schema
 from launch.errors import UserError
 
 _SIMILARITY = {"cos_sim": cos_sim, "dot_score": dot_score}
-_DISTANCE = {name.lower(): getattr(losses.TripletDistanceMetric, name) for name in ("COSINE", "EUCLIDEAN", "MANHATTAN")}
+_DISTANCE = {
+    name.lower(): getattr(losses.TripletDistanceMetric, name) for name in ("COSINE", "EUCLIDEAN", "MANHATTAN")
+}
 _SIAMESE = {
     "cosine": losses.SiameseDistanceMetric.COSINE_DISTANCE,
     "euclidean": losses.SiameseDistanceMetric.EUCLIDEAN,
@@ -33,12 +35,19 @@ for _loss in ("TripletLoss",):
     _BY_NAME[f"{_loss}.distance_metric"] = _DISTANCE
 for _loss in ("ContrastiveLoss", "OnlineContrastiveLoss"):
     _BY_NAME[f"{_loss}.distance_metric"] = _SIAMESE
-for _loss in ("BatchAllTripletLoss", "BatchHardTripletLoss", "BatchHardSoftMarginTripletLoss", "BatchSemiHardTripletLoss"):
+for _loss in (
+    "BatchAllTripletLoss",
+    "BatchHardTripletLoss",
+    "BatchHardSoftMarginTripletLoss",
+    "BatchSemiHardTripletLoss",
+):
     _BY_NAME[f"{_loss}.distance_metric"] = _LABEL_DISTANCE
 
 
 def build_loss(
-    settings: schema.Loss, model: SentenceTransformer, load_guide: Callable[[str], SentenceTransformer] | None = None
+    settings: schema.Loss,
+    model: SentenceTransformer,
+    load_guide: Callable[[str], SentenceTransformer] | None = None,
 ) -> nn.Module:
     """The loss module that `settings` names, on `model`, wrapped in MatryoshkaLoss where dims are given.
 
@@ -48,7 +57,9 @@ def build_loss(
     """
     cls = getattr(losses, settings.name)
     # Two losses share a constructor by inheritance, so the signature is the class's own view.
-    parameters = {k: p for k, p in inspect.signature(cls.__init__).parameters.items() if k not in ("self", "model")}
+    parameters = {
+        k: p for k, p in inspect.signature(cls.__init__).parameters.items() if k not in ("self", "model")
+    }
     arguments: dict[str, Any] = {}
     for name, value in settings.arguments.items():
         if name not in parameters:
@@ -67,19 +78,27 @@ def build_loss(
         arguments["gather_across_devices"] = True
     if "embedding_dimension" in parameters:
         arguments.setdefault("embedding_dimension", model.get_embedding_dimension())
-    missing = [k for k, p in parameters.items() if p.default is p.empty and k not in arguments and p.kind == p.POSITIONAL_OR_KEYWORD]
+    missing = [
+        k
+        for k, p in parameters.items()
+        if p.default is p.empty and k not in arguments and p.kind == p.POSITIONAL_OR_KEYWORD
+    ]
     if missing:
         raise UserError(f"loss.arguments: {settings.name} needs {', '.join(missing)}")
     width = model.get_embedding_dimension() or 0
     if settings.dims and settings.dims[0] > width:
-        raise UserError(f"loss.dims: got {settings.dims[0]}, the model has {width} dimensions; allowed: up to {width}")
+        raise UserError(
+            f"loss.dims: got {settings.dims[0]}, the model has {width} dimensions; allowed: up to {width}"
+        )
     try:
         loss = cls(model=model, **arguments)
         if settings.dims:
             weights = settings.dim_weights or [1.0] * len(settings.dims)
             loss = losses.MatryoshkaLoss(model, loss, settings.dims, weights)
     except (TypeError, ValueError) as error:
-        raise UserError(f"loss: {settings.name} refuses its arguments: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"loss: {settings.name} refuses its arguments: {str(error).splitlines()[0]}"
+        ) from error
     return loss
 
 

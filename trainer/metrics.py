@@ -52,7 +52,9 @@ def search(
             rows = slice(row, row + _QUERY_TILE)
             scores = np.concatenate([best[rows], grid[rows] @ part.T], axis=1)
             fresh = np.broadcast_to(np.arange(start, start + len(part)), (len(scores), len(part)))
-            new_best[rows], new_index[rows] = _top(scores, np.concatenate([index[rows], fresh], axis=1), width)
+            new_best[rows], new_index[rows] = _top(
+                scores, np.concatenate([index[rows], fresh], axis=1), width
+            )
         best, index = new_best, new_index
     order = np.lexsort((index, -best), axis=-1)
     return np.take_along_axis(index, order, 1), np.take_along_axis(best, order, 1)
@@ -100,7 +102,7 @@ class Comparison:
 
 
 def compare(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Comparison:
-    """Compare values [q, m] (or [q]) of the same queries: percentile bootstrap over queries, and permutation test.
+    """Compare values [q, m] or [q] of the same queries: percentile bootstrap and permutation test.
 
     Under the null hypothesis a query's two values may be swapped, which flips the sign of its difference:
     10,000 random sign patterns (all 2^q up to 13 queries); p counts patterns at least as far from 0 as the
@@ -122,7 +124,7 @@ def compare(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Comparison:
 def interval(
     values: np.ndarray, least: float = 0.0, most: float = 1.0, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of each column's mean, [q, m] -> low [m], high [m]: percentile bootstrap, 10,000 resamples.
+    """95 % interval of each column's mean, [q, m] -> low, high [m]: percentile bootstrap, 10,000 times.
 
     One query says nothing about others: then the interval is all that is possible, [least, most].
     """
@@ -152,7 +154,7 @@ def holm(p: Sequence[float]) -> list[float]:
 def search_latency(
     queries: np.ndarray, documents: np.ndarray, dim: int, seconds: float = 0.3
 ) -> dict[str, float | int]:
-    """Milliseconds of one exact float32 search for the top 10, one query at a time, one thread; the median."""
+    """Milliseconds of one exact float32 search for the top 10: one query, one thread, the median."""
     from threadpoolctl import threadpool_limits
 
     corpus = np.ascontiguousarray(documents[:, :dim], dtype=np.float32)
@@ -184,8 +186,8 @@ def refuse_not_finite(kind: str, vectors: np.ndarray) -> None:
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
         raise UserError(
-            f"evaluate: {len(bad)} of {len(vectors)} {kind} vectors hold NaN or infinity, the first is number "
-            f"{bad[0]}; the model diverged: lower train.learning_rate or use train.precision bf16 instead of fp16"
+            f"evaluate: {len(bad)} of {len(vectors)} {kind} vectors hold NaN or infinity, first number "
+            f"{bad[0]}; the model diverged: lower train.learning_rate or set train.precision to fp32 or bf16"
         )
 
 

@@ -19,7 +19,9 @@ class StepLog(TrainerCallback):
         self._path = path
         self._last_print = 0.0
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         with self._path.open("a", encoding="utf-8") as file:

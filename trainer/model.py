@@ -29,8 +29,8 @@ def load_model(settings: schema.Model, device: str) -> SentenceTransformer:
         model_kwargs["attn_implementation"] = settings.attention
     try:
         if settings.pooling is not None and not _comes_with_modules(path):
-            encoder = Transformer(path, model_args=model_kwargs)
-            pooling = Pooling(encoder.get_word_embedding_dimension(), pooling_mode=settings.pooling)
+            encoder = Transformer(path, model_kwargs=model_kwargs)
+            pooling = Pooling(encoder.get_embedding_dimension(), pooling_mode=settings.pooling)
             model = SentenceTransformer(modules=[encoder, pooling, Normalize()], device=device)
         else:
             model = SentenceTransformer(
@@ -100,7 +100,9 @@ def _set_lengths(model: SentenceTransformer, settings: schema.Model) -> None:
     for key in ("max_seq_length", "max_query_length"):
         length = getattr(settings, key)
         if length is not None and positions is not None and length > positions:
-            raise UserError(f"model.{key}: got {length}, the model has {positions} positions; allowed: 2 to {positions}")
+            raise UserError(
+                f"model.{key}: got {length}, the model has {positions} positions; allowed: 2 to {positions}"
+            )
     if settings.max_seq_length is not None:
         model.max_seq_length = settings.max_seq_length
     if settings.max_query_length is not None:

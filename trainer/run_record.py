@@ -18,10 +18,21 @@ import torch
 from launch.config import RunConfig
 from launch.world import World
 
-_PACKAGES = ("nestling", "torch", "sentence-transformers", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+_PACKAGES = (
+    "nestling",
+    "torch",
+    "sentence-transformers",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "numpy",
+)
 
 
-def start_record(config: RunConfig, argv: list[str], world: World, data: list[dict[str, Any]]) -> dict[str, Any]:
+def start_record(
+    config: RunConfig, argv: list[str], world: World, data: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The record of a run that begins now."""
     return {
         "run_id": uuid.uuid4().hex,
@@ -31,7 +42,11 @@ def start_record(config: RunConfig, argv: list[str], world: World, data: list[di
         "git": _git(Path(__file__).parent),
         "versions": {"python": platform.python_version(), **_versions()},
         "devices": _devices(world),
-        "world": {"processes": world.world_size, "processes_per_node": world.local_world_size, "nodes": world.nodes},
+        "world": {
+            "processes": world.world_size,
+            "processes_per_node": world.local_world_size,
+            "nodes": world.nodes,
+        },
         "data": data,
         "started": now(),
         "finished": None,
@@ -57,7 +72,9 @@ def _versions() -> dict[str, str]:
 def _devices(world: World) -> list[str]:
     if torch.cuda.is_available():
         return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return [f"CPU {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads per process"]
+    return [
+        f"CPU {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads per process"
+    ]
 
 
 def _git(folder: Path) -> dict[str, Any]:

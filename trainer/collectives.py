@@ -1,0 +1,56 @@
+"""Every collective of the step: one all-gather, one reduce-scatter of embeddings, one 1-element reduction.
+
+All ranks must call each of them, in the same order. With one process nothing is sent.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Processes in the process group, 1 without one. No collective."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, 0 without a process group. No collective."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather_candidates(local: Tensor, flag: bool) -> tuple[Tensor, bool]:
+    """Candidates of all ranks [world_size * candidates, width], rank by rank, and whether any set `flag`.
+
+    All ranks must call, with equal shapes. The flag travels in one extra line, so it costs no collective.
+    """
+    size = world_size()
+    if size == 1:
+        return local, flag
+    lines, width = local.shape
+    sent = torch.cat([local, local.new_full((1, width), float(flag))])
+    received = local.new_empty(size * (lines + 1), width)
+    dist.all_gather_into_tensor(received, sent)
+    by_rank = received.view(size, lines + 1, width)
+    return by_rank[:, :lines].reshape(size * lines, width), bool(by_rank[:, lines, 0].any())
+
+
+def scatter_gradient(gradient: Tensor) -> Tensor:
+    """Sum over ranks of the candidates' gradient, for the candidates that this rank embedded.
+
+    `gradient` is [world_size * candidates, width], the result [candidates, width]. All ranks must call.
+    """
+    size = world_size()
+    if size == 1:
+        return gradient
+    home = gradient.new_empty(len(gradient) // size, gradient.shape[1])
+    dist.reduce_scatter_tensor(home, gradient)
+    return home
+
+
+def highest(code: int, device: torch.device) -> int:
+    """The highest of the ranks' codes. All ranks must call; it waits for the device."""
+    if world_size() == 1:
+        return code
+    codes = torch.tensor([code], dtype=torch.int32, device=device)
+    dist.all_reduce(codes, dist.ReduceOp.MAX)
+    return int(codes.item())

@@ -1,0 +1,264 @@
+"""The exact step inside the Trainer: which engine runs it, what its graphs may hold, what is logged of it."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from launch.config import RunConfig
+from launch.errors import UserError
+from launch.world import World
+from trainer import collectives
+from trainer.batching import Plan
+from trainer.data import text_columns
+from trainer.engines import DDP, Engine, Single
+from trainer.gradcache import GradCache, StepAbandoned
+from trainer.infonce import Objective
+from trainer.loader import Batch, BatchFeatures, Steps
+from trainer.sampler import DataOrder
+from trainer.tokens import Padder, TokenCache, token_cache
+
+_GIB = 1 << 30
+# What the exact step computes; another value of these arguments is another loss.
+_COMPUTED: dict[str, tuple[Any, ...]] = {
+    "similarity_fct": ("cos_sim",),
+    "directions": (["query_to_doc"],),
+    "partition_mode": ("joint",),
+    "hardness_mode": (None,),
+    "hardness_strength": (0.0,),
+    "gather_across_devices": (True,),
+    "show_progress_bar": (False,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenised:
+    """Training rows as the exact step reads them, made before the process group exists."""
+
+    cache: TokenCache
+    order: DataOrder
+
+
+def tokenise(
+    config: RunConfig, rows: Any, facts: list[dict[str, Any]], model: SentenceTransformer
+) -> Tokenised:
+    """Token cache and data order of a run. Every process may call; one of a node builds, the others wait.
+
+    Raises UserError where no source fills one global batch.
+    """
+    fingerprint = "+".join(f["fingerprint"] for f in facts)
+    cache = token_cache(
+        rows, fingerprint, text_columns(rows.column_names), model, Path(config.data.cache_dir)
+    )
+    order = DataOrder(config.train.seed, config.train.global_batch_size, tuple(f["rows"] for f in facts))
+    if not order.steps_per_epoch:
+        sizes = ", ".join(f"{f['name']} {f['rows']:,}" for f in facts)
+        raise UserError(
+            f"data.sources: a global batch comes from one source, and none has {config.train.global_batch_size:,} rows "
+            f"({sizes}); lower train.global_batch_size"
+        )
+    return Tokenised(cache, order)
+
+
+def check_arguments(config: RunConfig) -> None:
+    """Raise UserError for arguments of the loss that the exact step does not compute."""
+    for name, value in config.loss.arguments.items():
+        if name in ("mini_batch_size", "mini_batch_num_tokens"):
+            raise UserError(
+                f"loss.arguments.{name}: got {value!r}; the exact step takes train.micro_batch_tokens instead"
+            )
+        if name in _COMPUTED and value not in _COMPUTED[name]:
+            raise UserError(
+                f"loss.arguments.{name}: got {value!r}, the exact step computes {_COMPUTED[name][0]!r} only; "
+                "loss.step=library trains it in sentence-transformers' own code"
+            )
+
+
+class ExactStep:
+    """One rank's exact step over a run. All ranks construct it with the same config and data."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: SentenceTransformer,
+        data: Tokenised,
+        world: World,
+        stop_asked: Callable[[], bool],
+    ) -> None:
+        self._config, self._model, self._data, self._stop_asked = config, model, data, stop_asked
+        width = model.get_embedding_dimension()
+        assert width is not None
+        self._dims = config.loss.dims or [width]
+        weights = config.loss.dim_weights or [1.0] * len(self._dims)
+        self._objective = Objective(float(config.loss.arguments.get("scale", 20.0)), self._dims, weights)
+        self._padder = Padder(model)
+        # A pooling that skips the prompt takes one prompt length per batch.
+        self._apart = any(isinstance(m, Pooling) and not m.include_prompt for m in model)
+        self.steps = Steps(
+            data.cache,
+            data.order,
+            world.world_size,
+            config.train.micro_batch_tokens,
+            config.loss.mask_known_positives,
+            self._apart,
+        )
+        self._step: GradCache | None = None
+        self._graph_bytes = 0.0  # of a kept graph, per padded token
+        self._ended = time.perf_counter()
+        self._log = _Sums()
+
+    def run(self, model: nn.Module, batch: Batch, backward: Callable[[Tensor], None]) -> Tensor:
+        """Loss of this rank (its mean over ranks is the batch's), gradients left on the parameters. All ranks must call.
+
+        `model` is the prepared model, wrapped or not. Raises StepAbandoned on all ranks alike.
+        """
+        started = time.perf_counter()
+        device = next(model.parameters()).device
+        features = BatchFeatures(self._data.cache, self._padder, batch.rows, device, self._apart)
+        if self._step is None:
+            engine: Engine = (
+                DDP(model, backward)
+                if isinstance(model, DistributedDataParallel)
+                else Single(model, backward)
+            )
+            self._step = GradCache(
+                engine, self._objective, self._config.train.seed, stop_asked=self._stop_asked
+            )
+            self._graph_bytes = self._measure(batch.plan, features, device)
+        kept = self._kept(batch.plan)
+        outcome = dataclasses.replace(self._step, kept=kept).step(batch.plan, features, batch.step)
+        self._log.add(
+            batch, kept, outcome.loss_by_dim, outcome.seconds, started - self._ended, self._data.cache
+        )
+        self._ended = time.perf_counter()
+        return outcome.loss
+
+    def metrics(self) -> dict[str, float]:
+        """Means since the last call, for the log; losses by dim are means over ranks. All ranks must call."""
+        metrics = self._log.take(self._dims)
+        return metrics
+
+    def _measure(self, plan: Plan, features: BatchFeatures, device: torch.device) -> float:
+        """Bytes that a kept graph holds per padded token: the longest micro-batch, the largest over ranks."""
+        if not self._config.train.graph_memory:
+            return 0.0
+        texts = plan.micro_batches(collectives.rank())[0]
+        inputs = features(texts)
+        parameters = {p.untyped_storage().data_ptr() for p in self._model.parameters()}
+        held: dict[int, int] = {}
+
+        def pack(saved: Tensor) -> Tensor:
+            storage = saved.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                held[storage.data_ptr()] = storage.nbytes()
+            return saved
+
+        keep: list[Tensor] = []  # what is saved must live on, or another tensor would get its address
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+            hooks = torch.autograd.graph.saved_tensors_hooks(
+                lambda t: (keep.append(t), pack(t))[1], lambda t: t
+            )
+            with hooks:
+                self._model(inputs)
+        per_token = sum(held.values()) / inputs["input_ids"].numel()
+        if collectives.world_size() > 1:
+            largest = torch.tensor([per_token], dtype=torch.float64, device=device)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            per_token = largest.item()
+        return per_token
+
+    def _kept(self, plan: Plan) -> int:
+        """Leading micro-batches whose graphs fit into the memory given; the same number on all ranks."""
+        if not self._graph_bytes:
+            return 0
+        longest = np.maximum.reduceat(plan.lengths.max(0), plan.cuts[:-1])
+        held = np.cumsum(longest * np.diff(plan.cuts)) * self._graph_bytes
+        return int(np.searchsorted(held, self._config.train.graph_memory * _GIB, side="right"))
+
+
+def abandoned(error: StepAbandoned, step: int, run_dir: Path) -> UserError:
+    """The one line that a run ends with when all ranks left a step."""
+    return UserError(
+        f"step {step}: {error.reason}; nothing is saved over the last good checkpoint in {run_dir}; "
+        "lower train.learning_rate, or train in fp32 or bf16"
+    )
+
+
+class _Sums:
+    """Sums over the steps since the last log."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self._count = 0
+        self._by_dim: Tensor | None = None
+        self._seconds: dict[str, float] = {}
+        # [real, padded, computed again] tokens, [distinct, all] texts, masked share
+        self._numbers = np.zeros(6)
+        self._since = time.perf_counter()
+
+    def add(
+        self,
+        batch: Batch,
+        kept: int,
+        by_dim: Tensor,
+        seconds: dict[str, float],
+        other: float,
+        cache: TokenCache,
+    ) -> None:
+        """Count one step; `other` seconds lie between the last step's end and this one's start."""
+        plan = batch.plan
+        real = padded = again = 0
+        for rank in range(plan.world_size):
+            longest = np.maximum.reduceat(plan.lengths[rank], plan.cuts[:-1]) * np.diff(plan.cuts)
+            real += int(plan.lengths[rank].sum())
+            padded += int(longest.sum())
+            again += int(longest[kept:].sum()) if len(longest) > 1 else 0
+        distinct = int(
+            (plan.all_targets.anchor_rows > 0).sum() + (plan.all_targets.candidate_count > 0).sum()
+        )
+        self._numbers += (
+            real,
+            padded,
+            again,
+            distinct,
+            batch.rows.size * len(cache.columns),
+            plan.masked_share,
+        )
+        self._by_dim = by_dim.clone() if self._by_dim is None else self._by_dim + by_dim
+        for phase, value in (*seconds.items(), ("plan", batch.seconds), ("optimiser", other)):
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + value
+        self._count += 1
+
+    def take(self, dims: list[int]) -> dict[str, float]:
+        """Means per step and shares, then start anew. All ranks must call."""
+        count = max(1, self._count)
+        elapsed = time.perf_counter() - self._since
+        real, padded, again, distinct, texts, masked = self._numbers.tolist()
+        metrics: dict[str, float] = {}
+        if self._by_dim is not None:
+            by_dim = self._by_dim / count
+            if collectives.world_size() > 1:
+                dist.all_reduce(by_dim)
+                by_dim /= collectives.world_size()
+            metrics |= {f"loss_{dim}": value for dim, value in zip(dims, by_dim.tolist(), strict=True)}
+        metrics |= {f"seconds_{phase}": value / count for phase, value in self._seconds.items()}
+        metrics |= {
+            "real_tokens_per_s": real / elapsed,
+            "padded_over_real": padded / max(1.0, real),
+            "recomputed_share": again / max(1.0, padded),
+            "distinct_share": distinct / max(1.0, texts),
+            "masked_share": masked / count,
+        }
+        self._clear()
+        return metrics

@@ -1,0 +1,248 @@
+"""Embed texts with a bundle: standard library, numpy, onnxruntime and tokenizers only.
+
+    Encoder("bundle").encode(["first text", "second text"], dim=256, kind="document")
+
+Prompts, maximal lengths and padding come from the bundle's manifest, so that a caller cannot get them wrong.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from launch.errors import CheckFailed, UserError
+
+FORMAT = "nestling-bundle/1"
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
+KINDS = ("query", "document")
+_JSON_LIMIT = 64 << 20  # bytes of a JSON file that are read before any hash of it is known
+
+
+class Encoder:
+    """Embed texts with a bundle through onnxruntime; the tokenizer, prompts and lengths are the bundle's.
+
+    Raises CheckFailed if the bundle cannot be loaded. `threads` are the threads of one forward pass (None =
+    onnxruntime's choice), `precision` is a key of the manifest's `onnx`.
+    """
+
+    def __init__(self, folder: str | Path, threads: int | None = None, precision: str = "fp32") -> None:
+        import onnxruntime
+        from tokenizers import Tokenizer
+
+        root = Path(folder)
+        manifest = read_manifest(root)
+        if precision not in manifest["onnx"]:
+            raise UserError(f"precision: got {precision!r}, the bundle has {', '.join(manifest['onnx'])}")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # an unreadable file is reported by us, once
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        name = manifest["onnx"][precision]
+        try:
+            self._session = onnxruntime.InferenceSession(
+                root / name, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime has an exception class of its own per error code
+            raise CheckFailed(f"{name}: onnxruntime cannot load it: {first_line(error)}") from None
+        self._inputs = [item.name for item in self._session.get_inputs()]
+        if (problem := _signature_problem(self._session, manifest)) is not None:
+            raise CheckFailed(f"{name}: {problem}")
+        self.width: int = manifest["width"]
+        self.dims: list[int] = manifest["dims"]
+        self.prompts: dict[str, str] = manifest["prompts"]
+        self.max_length: dict[str, int] = manifest["max_length"]
+        self._pad_id: int = manifest["tokenizer"]["pad_id"]
+        self._left: bool = manifest["tokenizer"]["padding_side"] == "left"
+        cut = "left" if manifest["tokenizer"]["truncation_side"] == "left" else "right"
+        self._tokenizers: dict[int, Any] = {}
+        try:
+            for length in sorted(set(self.max_length.values())):
+                tokenizer = Tokenizer.from_file(str(root / TOKENIZER))
+                tokenizer.no_padding()
+                tokenizer.enable_truncation(max_length=length, direction=cut)
+                self._tokenizers[length] = tokenizer
+        except Exception as error:  # tokenizers raises bare Exception
+            raise CheckFailed(f"{TOKENIZER}: cannot be read: {first_line(error)}") from None
+
+    def tokenize(self, texts: Sequence[str], kind: str = "document") -> list[tuple[np.ndarray, np.ndarray]]:
+        """Token ids and type ids, int64 [length], of each text with its prompt, cut to the kind's length."""
+        tokenizer = self._tokenizers[self.max_length[kind]]
+        prompt = self.prompts[kind]
+        tokens = []
+        for start in range(0, len(texts), 1024):  # Encoding objects are many times larger than their ids
+            for item in tokenizer.encode_batch([prompt + text for text in texts[start : start + 1024]]):
+                tokens.append((np.array(item.ids, np.int64), np.array(item.type_ids, np.int64)))
+        return tokens
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        dim: int | None = None,
+        kind: Literal["document", "query"] = "document",
+        batch_tokens: int = 8192,
+    ) -> np.ndarray:
+        """Embeddings float32 [len(texts), dim] of length 1, in the order of `texts`.
+
+        `dim` is one of the manifest's dims (None = full width): the first components, normalised again. Texts
+        are embedded by length in batches with rows x longest <= batch_tokens (a longer text goes alone).
+        A text without any token, possible only where the tokenizer adds none, gives zeros. Raises UserError
+        for an unknown dim or kind.
+        """
+        if kind not in KINDS:
+            raise UserError(f"kind: got {kind!r}, allowed: {', '.join(KINDS)}")
+        if dim is not None and dim not in self.dims:
+            raise UserError(f"dim: got {dim}, this bundle allows {', '.join(map(str, self.dims))}")
+        if isinstance(texts, str):
+            raise UserError("texts: got one string, allowed: a list of strings")
+        tokens = self.tokenize(texts, kind)
+        embeddings = np.zeros((len(texts), self.width), np.float32)
+        for rows in _batches([len(ids) for ids, _ in tokens], batch_tokens):
+            embeddings[rows] = self.run([tokens[row] for row in rows])[1]
+        return embeddings if dim is None else truncate(embeddings, dim)
+
+    def run(self, tokens: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+        """One forward pass: float32 token_embeddings [n, longest, hidden], sentence_embedding [n, width]."""
+        outputs: Any = self._session.run(["token_embeddings", "sentence_embedding"], self.pad(tokens))
+        return outputs
+
+    def pad(self, tokens: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The graph's inputs, int64 [n, longest], from rows of token ids and type ids."""
+        longest = max(len(ids) for ids, _ in tokens)
+        shape = (len(tokens), longest)
+        feed = {
+            "input_ids": np.full(shape, self._pad_id, np.int64),
+            "attention_mask": np.zeros(shape, np.int64),
+            "token_type_ids": np.zeros(shape, np.int64),
+        }
+        for row, (ids, types) in enumerate(tokens):
+            where = slice(longest - len(ids), longest) if self._left else slice(0, len(ids))
+            feed["input_ids"][row, where] = ids
+            feed["attention_mask"][row, where] = 1
+            feed["token_type_ids"][row, where] = types
+        return {name: feed[name] for name in self._inputs}
+
+
+def truncate(embeddings: np.ndarray, dim: int) -> np.ndarray:
+    """The first `dim` components of each row, float32 [n, dim], scaled to length 1 (zero rows stay zero)."""
+    cut = embeddings[:, :dim]
+    return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), np.float32(1e-12))
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest with every field that code relies on checked for its type; raises CheckFailed."""
+    if not root.is_dir():
+        raise CheckFailed(f"{root}: not a folder; give the folder that holds {MANIFEST}")
+    manifest = read_json(root, MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise CheckFailed(f"{MANIFEST}: format is {manifest.get('format')!r}, allowed: {FORMAT!r}")
+    width = manifest.get("width")
+    sound = {
+        "width": _is_count(width),
+        "dims": _all(
+            manifest.get("dims"), list, lambda dim: _is_count(dim) and _is_count(width) and dim <= width
+        ),
+        "prompts": _by_kind(manifest.get("prompts"), lambda prompt: isinstance(prompt, str)),
+        "max_length": _by_kind(
+            manifest.get("max_length"), lambda length: _is_count(length) and 2 <= length < 2**31
+        ),
+        "onnx": _all(manifest.get("onnx"), dict, is_safe_name),
+        "tokenizer": isinstance(manifest.get("tokenizer"), dict)
+        and type(manifest["tokenizer"].get("pad_id")) is int
+        and 0 <= manifest["tokenizer"]["pad_id"] < 2**31
+        and all(
+            manifest["tokenizer"].get(side) in ("left", "right")
+            for side in ("padding_side", "truncation_side")
+        ),
+        "files": _all(manifest.get("files"), dict, _is_file_entry),
+    }
+    for name, holds in sound.items():
+        if not holds:
+            raise CheckFailed(f"{MANIFEST}: field {name!r} is missing or malformed")
+    for name in manifest["onnx"].values():
+        if not os.path.realpath(root / name).startswith(os.path.realpath(root) + os.sep):
+            raise CheckFailed(f"{name}: leaves the folder through a link")
+    return manifest
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _all(value: Any, kind: type, holds: Any) -> bool:
+    items = value.values() if isinstance(value, dict) else value
+    return isinstance(value, kind) and bool(value) and all(holds(item) for item in items)
+
+
+def _by_kind(value: Any, holds: Any) -> bool:
+    return isinstance(value, dict) and all(kind in value and holds(value[kind]) for kind in KINDS)
+
+
+def _is_file_entry(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and type(value.get("bytes")) is int
+        and value["bytes"] >= 0
+        and isinstance(value.get("sha256"), str)
+    )
+
+
+def is_safe_name(name: Any) -> bool:
+    """A relative POSIX path without detours, as the exporter writes it."""
+    if not isinstance(name, str) or "\\" in name or ":" in name or "\0" in name:
+        return False
+    return all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def read_json(root: Path, name: str) -> dict[str, Any]:
+    path = root / name
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _JSON_LIMIT:
+            raise CheckFailed(f"{name}: not a regular file below {_JSON_LIMIT >> 20} MiB")
+        content = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise CheckFailed(f"{name}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckFailed(f"{name}: not JSON: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise CheckFailed(f"{name}: not a JSON object")
+    return content
+
+
+def _signature_problem(session: Any, manifest: dict[str, Any]) -> str | None:
+    """Why the graph is not [batch, sequence] int64 -> float32 token and sentence embeddings, or None."""
+    allowed = {"input_ids", "attention_mask", "token_type_ids"}
+    inputs = {item.name: item for item in session.get_inputs()}
+    if not {"input_ids", "attention_mask"} <= set(inputs) <= allowed:
+        return f"inputs are {', '.join(inputs)}, allowed: input_ids, attention_mask, token_type_ids"
+    for item in inputs.values():
+        if item.type != "tensor(int64)" or len(item.shape) != 2:
+            return f"input {item.name} is {item.type} {item.shape}, allowed: tensor(int64) [batch, sequence]"
+    outputs = {item.name: item for item in session.get_outputs()}
+    if list(outputs) != ["token_embeddings", "sentence_embedding"]:
+        return f"outputs are {', '.join(outputs)}, allowed: token_embeddings, sentence_embedding"
+    for item in outputs.values():
+        if item.type != "tensor(float)":
+            return f"output {item.name} is {item.type}, allowed: tensor(float)"
+    if outputs["sentence_embedding"].shape[-1:] != [manifest["width"]]:
+        shape = outputs["sentence_embedding"].shape
+        return f"sentence_embedding is {shape}, {MANIFEST} says width {manifest['width']}"
+    return None
+
+
+def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Row numbers by descending length, cut to rows x longest <= batch_tokens; empty rows are left out."""
+    order = sorted((row for row, length in enumerate(lengths) if length), key=lambda row: -lengths[row])
+    start = 0
+    while start < len(order):
+        rows = max(1, batch_tokens // lengths[order[start]])
+        yield order[start : start + rows]
+        start += rows
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,129 @@
+"""The exact step on a batch of any size, in the three steps of GradCache (Gao et al., 2021).
+
+Embed all micro-batches without gradients; take the loss and its gradient at the embeddings; embed again with
+gradients and back-propagate <embeddings, cached gradient>. Memory holds one micro-batch of activations, or as
+many as it has room for: a graph kept from the first pass is not computed again. The last micro-batch, which
+is the shortest, carries the synchronisation and is never kept.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer import collectives
+from trainer.batching import Plan
+from trainer.engines import Engine
+from trainer.infonce import Loss, Objective, infonce
+
+_STOP, _NON_FINITE = 1, 2
+
+
+class StepAbandoned(Exception):
+    """All ranks left the step at the same place, before gradients were synchronised; `reason` says why."""
+
+    def __init__(self, code: int) -> None:
+        self.reason = "non-finite loss" if code == _NON_FINITE else "stop asked"
+        super().__init__(self.reason)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step hands to the trainer; the gradient is on the parameters."""
+
+    loss: Tensor  # []: its mean over ranks is the loss of the batch
+    loss_by_dim: Tensor  # [dims], likewise
+    seconds: dict[str, float]  # embed, loss, replay
+
+
+@dataclass(frozen=True)
+class GradCache:
+    """One rank's step; `features(texts)` makes new model inputs of texts by their numbers in the batch."""
+
+    engine: Engine
+    objective: Objective
+    seed: int
+    kept: int = 0  # micro-batches whose graphs are kept, the same on all ranks
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    stop_asked: Callable[[], bool] = bool
+
+    def step(self, plan: Plan, features: Callable[[np.ndarray], dict[str, Any]], step: int) -> Outcome:
+        """Add the gradient of one global batch to the parameters. All ranks must call, with the same plan.
+
+        Raises StepAbandoned on all ranks if one of them is asked to stop or has a loss that is not finite;
+        gradients are then left half done.
+        """
+        rank = collectives.rank()
+        micro_batches = plan.micro_batches(rank)
+        last = len(micro_batches) - 1
+        clock = [time.perf_counter()]
+
+        def embed(index: int, graph: bool, synchronise: bool) -> Tensor:
+            with torch.set_grad_enabled(graph), _dropout(self.seed, step, rank, index), self.autocast():
+                return self.engine.forward(features(micro_batches[index]), synchronise)
+
+        # 1. Embed. A batch that is one micro-batch is run once, through whatever synchronises.
+        kept, parts = {}, []
+        for index in range(last + 1):
+            keep = index < min(self.kept, last) or last == 0
+            embeddings = embed(index, keep, synchronise=last == 0)
+            parts.append(embeddings.detach())
+            if keep:
+                kept[index] = embeddings
+        clock.append(time.perf_counter())
+
+        # 2. Loss and its gradient at the embeddings.
+        is_anchor = torch.from_numpy(plan.is_anchor).to(parts[0].device)
+        loss = self._loss(torch.cat(parts), is_anchor, plan)
+        cached = loss.anchor_gradient.new_empty(len(is_anchor), loss.anchor_gradient.shape[1])
+        cached[is_anchor] = loss.anchor_gradient
+        cached[~is_anchor] = collectives.scatter_gradient(loss.candidate_gradient)
+        clock.append(time.perf_counter())
+
+        # 3. Replay.
+        for index, gradient in enumerate(cached.split(np.diff(plan.cuts).tolist())):
+            if index == last:
+                self._agree_to_finish(loss.value)
+            embeddings = kept.pop(index) if index in kept else embed(index, True, synchronise=index == last)
+            self.engine.backward(torch.dot(embeddings.flatten().to(gradient.dtype), gradient.flatten()))
+        self.engine.finish()
+        clock.append(time.perf_counter())
+        return Outcome(
+            loss.value, loss.by_dim, dict(zip(("embed", "loss", "replay"), np.diff(clock), strict=True))
+        )
+
+    def _loss(self, embeddings: Tensor, is_anchor: Tensor, plan: Plan) -> Loss:
+        candidates, stop = collectives.gather_candidates(embeddings[~is_anchor], self.stop_asked())
+        if stop:
+            raise StepAbandoned(_STOP)
+        return infonce(embeddings[is_anchor], candidates, plan.targets(collectives.rank()), self.objective)
+
+    def _agree_to_finish(self, loss: Tensor) -> None:
+        code = _NON_FINITE if not loss.isfinite() else _STOP if self.stop_asked() else 0
+        if code := collectives.highest(code, loss.device):
+            raise StepAbandoned(code)
+
+    @torch.no_grad()
+    def loss(self, plan: Plan, features: Callable[[np.ndarray], dict[str, Any]]) -> Loss:
+        """Loss of one global batch, for evaluation. All ranks must call, with the same plan."""
+        parts = []
+        for texts in plan.micro_batches(collectives.rank()):
+            with self.autocast():
+                parts.append(self.engine.forward(features(texts), synchronise=False))
+        return self._loss(torch.cat(parts), torch.from_numpy(plan.is_anchor).to(parts[0].device), plan)
+
+
+@contextmanager
+def _dropout(*key: int) -> Iterator[None]:
+    """Seed torch's generators from (seed, step, rank, index) for one forward and put them back after it."""
+    seed = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int.from_bytes(seed, "little"))
+        yield

@@ -1,0 +1,101 @@
+"""What the exact step reads: for each step number its plan and its texts, sliced from the token cache.
+
+A plain DataLoader over step numbers: nothing shards it again, every rank makes the same plan, and a resume that walks
+over done steps reads no row.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from trainer.batching import Plan, make_plan
+from trainer.model import Role
+from trainer.sampler import DataOrder, StepNumbers
+from trainer.tokens import Padder, TokenCache, role_of
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One global batch: its plan, and the rows that it is made of."""
+
+    plan: Plan
+    rows: np.ndarray  # int64 [global_batch_size], in the numbering of the token cache
+    step: int  # since the run began, the key of this step's randomness
+    seconds: float  # spent on the plan
+
+
+class Steps(Dataset[dict[str, Batch]]):
+    """Plans by (epoch, step); pure in its arguments, so loader workers may make them ahead."""
+
+    def __init__(
+        self,
+        cache: TokenCache,
+        order: DataOrder,
+        world_size: int,
+        micro_batch_tokens: int,
+        masks: bool,
+        apart: bool,
+    ) -> None:
+        self._cache, self._order, self._world_size = cache, order, world_size
+        self._budget, self._masks, self._apart = micro_batch_tokens, masks, apart
+
+    def __len__(self) -> int:
+        return self._order.steps_per_epoch
+
+    def __getitem__(self, number: tuple[int, int]) -> dict[str, Batch]:
+        import time
+
+        start = time.perf_counter()
+        epoch, step = number
+        rows = self._order.rows_of_step(epoch, step)
+        plan = make_plan(
+            self._cache.token_id[rows],
+            self._cache.text_id[rows],
+            self._cache.lengths(rows),
+            world_size=self._world_size,
+            micro_batch_tokens=self._budget,
+            masks=self._masks,
+            separate_roles=self._apart,
+        )
+        seconds = time.perf_counter() - start
+        return {"batch": Batch(plan, rows, epoch * self._order.steps_per_epoch + step, seconds)}
+
+
+def step_loader(steps: Steps, workers: int) -> DataLoader[dict[str, Batch]]:
+    """The Trainer's loader: batches are dicts without the key `labels`, one per step."""
+    return DataLoader(
+        steps,
+        batch_sampler=StepNumbers(len(steps)),
+        collate_fn=_only,
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+    )
+
+
+def _only(items: list[dict[str, Batch]]) -> dict[str, Batch]:
+    (item,) = items
+    return item
+
+
+class BatchFeatures:
+    """Makes model inputs of texts of one batch, by their numbers in the batch (row * columns + column)."""
+
+    def __init__(
+        self, cache: TokenCache, padder: Padder, rows: np.ndarray, device: torch.device, apart: bool
+    ) -> None:
+        self._cache, self._padder, self._rows, self._device, self._apart = cache, padder, rows, device, apart
+
+    def __call__(self, numbers: np.ndarray) -> dict[str, Any]:
+        """New features each time: a module may write into them."""
+        columns = len(self._cache.columns)
+        texts = self._cache.texts(self._rows[numbers // columns] * columns + numbers % columns)
+        features = self._padder(texts, self._device)
+        if self._apart:
+            role: Role = role_of(self._cache.columns[int(numbers[0]) % columns])
+            features["task"] = role
+            if (length := self._cache.prompt_length[role]) is not None:
+                features["prompt_length"] = length
+        return features
