@@ -167,9 +167,7 @@ class Loss(Section):
         if any(larger <= smaller for larger, smaller in itertools.pairwise(dims)):
             raise ValueError(f"dims must descend, largest first, each once, got {dims}")
         if self.dim_weights is not None and len(self.dim_weights) != len(dims):
-            raise ValueError(
-                f"dim_weights needs one weight per dim: got {len(self.dim_weights)} for {len(dims)} dims"
-            )
+            raise ValueError(f"dim_weights needs one weight per dim: got {len(self.dim_weights)} for {len(dims)} dims")
         return self
 
 
@@ -187,9 +185,7 @@ class Train(Section):
     """Stop after this many steps, whatever `epochs` says; null = by epochs."""
     learning_rate: float = Field(default=2e-5, gt=0)
     """Peak learning rate."""
-    scheduler: Literal[
-        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
-    ] = "linear"
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = "linear"
     """Course of the learning rate after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0)] = 0
     """Steps of linear warm-up; a number below 1 is a share of all steps."""

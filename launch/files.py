@@ -48,9 +48,7 @@ def publish_folder(partial: Path, final: Path) -> None:
     for path in (partial, *(p for p in partial.rglob("*") if p.is_dir())):
         fsync_path(path)
     if final.exists():
-        raise UserError(
-            f"{final}: exists already, got a second one to write; choose another folder or remove it"
-        )
+        raise UserError(f"{final}: exists already, got a second one to write; choose another folder or remove it")
     partial.rename(final)
     fsync_path(final.parent)
 

@@ -108,9 +108,7 @@ def resolve_model_path(path: str) -> str:
     local = Path(path).expanduser()
     if local.exists():
         return str(_model_folder(local, path))
-    looks_local = (
-        path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1 or "\\" in path
-    )
+    looks_local = path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1 or "\\" in path
     is_hub_name = HUB_NAME.fullmatch(path) or _SHORT_NAME.fullmatch(path)
     beside = near_file(local) if local.parent.is_dir() and ("/" in path or not is_hub_name) else ""
     if looks_local or beside or not is_hub_name:
@@ -161,9 +159,7 @@ def _source_problems(source: Source, key: str, needed: Sequence[str], purpose: s
                 f"{key}.columns.{role}: {source.name} has no column {column!r}; allowed: {listed}"
                 f"{did_you_mean(column, columns)}"
             )
-    roles = (
-        list(source.columns) if source.columns else [name for name in columns or [] if ROLE.fullmatch(name)]
-    )
+    roles = list(source.columns) if source.columns else [name for name in columns or [] if ROLE.fullmatch(name)]
     for role in ("anchor", *needed):
         if not any(name == role or (role == "negative" and name.startswith("negative_")) for name in roles):
             has = f"its columns are {listed}" if columns else f"columns maps {', '.join(roles)}"
@@ -185,9 +181,7 @@ def _columns(path: Path, split: str) -> list[str] | None:
         return _folder_columns(path, split)
     suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
     if suffix is None:
-        raise UserError(
-            f"{path}: got suffix {path.suffix!r}, allowed: {', '.join(SUFFIXES)} or a folder of shards"
-        )
+        raise UserError(f"{path}: got suffix {path.suffix!r}, allowed: {', '.join(SUFFIXES)} or a folder of shards")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty; allowed: at least one row")
     if suffix == ".parquet":
@@ -195,9 +189,7 @@ def _columns(path: Path, split: str) -> list[str] | None:
             head = file.read(4)
             file.seek(max(-4, -path.stat().st_size), os.SEEK_END)
             if head != b"PAR1" or file.read(4) != b"PAR1":
-                raise UserError(
-                    f"{path}: no whole Parquet file (it starts and ends with PAR1); copy or write it again"
-                )
+                raise UserError(f"{path}: no whole Parquet file (it starts and ends with PAR1); copy or write it again")
         return None
     text, whole = _head(path, suffix)
     if suffix in (".csv", ".tsv"):
@@ -210,9 +202,7 @@ def _columns(path: Path, split: str) -> list[str] | None:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: its first row is no JSON ({error}); allowed: one JSON object a line"
-        ) from None
+        raise UserError(f"{path}: its first row is no JSON ({error}); allowed: one JSON object a line") from None
     if not isinstance(row, dict):
         raise UserError(f"{path}: its first row is a {type(row).__name__}; allowed: one JSON object a line")
     return list(row)
@@ -222,9 +212,7 @@ def _folder_columns(path: Path, split: str) -> list[str] | None:
     if (path / "manifest.json").is_file():
         columns = _json(path / "manifest.json").get("columns")
         if not isinstance(columns, dict):
-            raise UserError(
-                f"{path}: its manifest.json lists no columns; allowed: a shard folder of `nestling data`"
-            )
+            raise UserError(f"{path}: its manifest.json lists no columns; allowed: a shard folder of `nestling data`")
         return list(columns)
     if (path / "dataset_dict.json").is_file():
         splits = _json(path / "dataset_dict.json").get("splits") or []
@@ -253,9 +241,7 @@ def _head(path: Path, suffix: str) -> tuple[str, bool]:
             return raw[: error.start].decode("utf-8-sig"), whole
         line = raw.count(b"\n", 0, error.start) + 1
         got = f"byte 0x{raw[error.start]:02x}"
-        raise UserError(
-            f"{path}:{line}: {got} is not UTF-8; convert it: iconv -f ENCODING -t UTF-8"
-        ) from None
+        raise UserError(f"{path}:{line}: {got} is not UTF-8; convert it: iconv -f ENCODING -t UTF-8") from None
 
 
 def _header(path: Path, text: str, separator: str) -> list[str]:
@@ -290,9 +276,7 @@ def _model_problems(model: Model, dims: Sequence[int], folder: Path) -> list[str
     except UserError as error:
         return [f"model.path: {error}"]
     if width and (wide := [dim for dim in dims if dim > width]):
-        problems.append(
-            f"loss.dims: got {', '.join(map(str, wide))}, {model.path} has {width}; allowed: 1 to {width}"
-        )
+        problems.append(f"loss.dims: got {', '.join(map(str, wide))}, {model.path} has {width}; allowed: 1 to {width}")
     first = _POSITIONS_FROM.get(settings.get("model_type", ""))
     positions = settings.get("max_position_embeddings")
     if first is not None and isinstance(positions, int):
@@ -304,9 +288,7 @@ def _model_problems(model: Model, dims: Sequence[int], folder: Path) -> list[str
                     f"allowed: 2 to {positions - first}"
                 )
     if not _weights(folder):
-        problems.append(
-            f"model.path: {model.path} holds no weights; allowed: model.safetensors or pytorch_model.bin"
-        )
+        problems.append(f"model.path: {model.path} holds no weights; allowed: model.safetensors or pytorch_model.bin")
     return problems
 
 

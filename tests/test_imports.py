@@ -37,7 +37,10 @@ def _roots(path: Path) -> set[str]:
 def _own_file(module: str) -> Path | None:
     """The file of ours that an imported name lies in."""
     while module:
-        for path in (ROOT / f"{module.replace('.', '/')}.py", ROOT / module.replace(".", "/") / "__init__.py"):
+        for path in (
+            ROOT / f"{module.replace('.', '/')}.py",
+            ROOT / module.replace(".", "/") / "__init__.py",
+        ):
             if path.is_file() and module.partition(".")[0] in PACKAGES:
                 return path
         module = module.rpartition(".")[0]

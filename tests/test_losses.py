@@ -68,9 +68,7 @@ def test_a_wrong_argument_is_one_line(settings: Loss, message: str, minilm: Sent
 
 
 @pytest.mark.parametrize("name", ["CachedMultipleNegativesRankingLoss", "CosineSimilarityLoss", "CoSENTLoss"])
-def test_losses_by_dim_add_up_to_the_loss_and_equal_each_dim_alone(
-    name: str, minilm: SentenceTransformer
-) -> None:
+def test_losses_by_dim_add_up_to_the_loss_and_equal_each_dim_alone(name: str, minilm: SentenceTransformer) -> None:
     loss = build_loss(Loss(name=name, dims=[384, 64, 32], dim_weights=[1.0, 0.5, 2.0]), minilm)
     by_dim = LossByDim(loss)
     labels = torch.tensor([1.0, 0.2, 0.4, 0.9])
@@ -82,9 +80,7 @@ def test_losses_by_dim_add_up_to_the_loss_and_equal_each_dim_alone(
     # Independent: the plain loss on a model that truncates its embeddings.
     truncated = SentenceTransformer(modules=[*list(minilm)], truncate_dim=64)
     plain = build_loss(Loss(name=name), truncated)
-    vectors = [
-        torch.nn.functional.normalize(minilm(dict(f))["sentence_embedding"][:, :64], dim=-1) for f in features
-    ]
+    vectors = [torch.nn.functional.normalize(minilm(dict(f))["sentence_embedding"][:, :64], dim=-1) for f in features]
     if hasattr(plain, "calculate_loss"):
         alone = plain.calculate_loss([[v] for v in vectors])
         assert by_dim.values[64].item() == pytest.approx(alone.item(), rel=1e-5)

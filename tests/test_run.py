@@ -103,9 +103,7 @@ def test_two_processes_train_evaluate_and_export(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
         assert line["loss"] == pytest.approx(sum(line["loss_by_dim"].values()), rel=1e-3)
-        assert {"learning_rate", "grad_norm", "real_tokens_per_s", "padded_over_real", "memory_bytes"} <= {
-            *line
-        }
+        assert {"learning_rate", "grad_norm", "real_tokens_per_s", "padded_over_real", "memory_bytes"} <= {*line}
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-4", "step-6"]
     assert not list((run_dir / "checkpoints").rglob("training_args.bin"))
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
@@ -189,9 +187,7 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
     assert "train.learning_rate" in err
 
 
-@pytest.mark.parametrize(
-    "launcher", ["--cpu --num_processes 2", "--num_processes 2 --cpu --mixed_precision no"]
-)
+@pytest.mark.parametrize("launcher", ["--cpu --num_processes 2", "--num_processes 2 --cpu --mixed_precision no"])
 def test_two_processes_asked_for_and_one_got(tmp_path: Path, launcher: str) -> None:
     run_file = _run_file(tmp_path)
     code, out, err = _finish(_start(str(run_file), launcher=launcher))

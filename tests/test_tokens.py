@@ -28,9 +28,7 @@ def _rows(count: int = 500) -> datasets.Dataset:
     )
 
 
-def _cache(
-    model: SentenceTransformer, folder: Path, rows: datasets.Dataset, fingerprint: str = "f"
-) -> TokenCache:
+def _cache(model: SentenceTransformer, folder: Path, rows: datasets.Dataset, fingerprint: str = "f") -> TokenCache:
     return token_cache(rows, fingerprint, ["anchor", "positive", "negative"], model, folder)
 
 
@@ -53,9 +51,7 @@ def test_features_equal_the_models_own_preprocessing(minilm: SentenceTransformer
     assert cache.lengths(np.arange(len(rows)))[:, 0].max() == 16
 
 
-def test_identities_follow_tokens_role_and_normalised_text(
-    minilm: SentenceTransformer, tmp_path: Path
-) -> None:
+def test_identities_follow_tokens_role_and_normalised_text(minilm: SentenceTransformer, tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict(
         {
             "anchor": ["Open a File", "open  a file", "x"],
@@ -72,9 +68,7 @@ def test_identities_follow_tokens_role_and_normalised_text(
     assert text_id("a b") != text_id("ab")
 
 
-def test_a_cache_of_other_data_prompt_or_length_is_not_used(
-    minilm: SentenceTransformer, tmp_path: Path
-) -> None:
+def test_a_cache_of_other_data_prompt_or_length_is_not_used(minilm: SentenceTransformer, tmp_path: Path) -> None:
     rows = _rows(20)
     _cache(minilm, tmp_path, rows)
     _cache(minilm, tmp_path, rows, "other data")
@@ -88,9 +82,7 @@ def test_a_cache_of_other_data_prompt_or_length_is_not_used(
 
 @pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "token_id.bin", "text_id.bin", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_a_damaged_cache_is_built_again(
-    minilm: SentenceTransformer, tmp_path: Path, name: str, damage: str
-) -> None:
+def test_a_damaged_cache_is_built_again(minilm: SentenceTransformer, tmp_path: Path, name: str, damage: str) -> None:
     rows = _rows(40)
     before = _cache(minilm, tmp_path, rows)
     expected = np.array(before.ids), np.array(before.text_id)

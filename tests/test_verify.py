@@ -174,8 +174,8 @@ def test_garbage_manifests_give_one_line(bundle: Path, content: bytes):
 
 
 FIELDS: list[tuple[str, Any]] = [
-    ("width", -1), ("width", True), ("width", "32"), ("width", 31), ("dims", []), ("dims", [64]),
-    ("dims", [0]), ("dims", "32"), ("prompts", {"query": ""}), ("prompts", {"query": 1, "document": ""}),
+    ("width", -1), ("width", True), ("width", "32"), ("width", 31), ("dims", []),
+    ("dims", [64]), ("dims", [0]), ("dims", "32"), ("prompts", {"query": ""}), ("prompts", {"query": 1, "document": ""}),
     ("onnx", {}),    ("max_length", {"query": 10**30, "document": 9}), ("max_length", {"query": 1, "document": 9}),
     ("max_length", {"query": 3, "document": 3}), ("prompts", {"query": "other", "document": "other"}),
     ("tokenizer", {"pad_id": 10**9, "padding_side": "right", "truncation_side": "right"}),
@@ -204,9 +204,7 @@ def graph(domain: str = "", location: str | None = None, kind: int = TensorProto
         helper.make_node("Mul", ["c", "w"], ["sentence_embedding"], domain=domain),
     ]
     axis = helper.make_tensor("axis", TensorProto.INT64, [1], [2])
-    ids = [
-        helper.make_tensor_value_info(n, kind, ["batch", "sequence"]) for n in ("input_ids", "attention_mask")
-    ]
+    ids = [helper.make_tensor_value_info(n, kind, ["batch", "sequence"]) for n in ("input_ids", "attention_mask")]
     outputs = [
         helper.make_tensor_value_info("token_embeddings", TensorProto.FLOAT, ["batch", "sequence", 1]),
         helper.make_tensor_value_info("sentence_embedding", TensorProto.FLOAT, ["batch", 32]),
@@ -222,9 +220,7 @@ def nested() -> bytes:
     tensor = TensorProto(name="t", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
     tensor.external_data.add(key="location", value="../../secret")
     inner = helper.make_graph([helper.make_node("Constant", [], ["x"], value=tensor)], "i", [], [])
-    outer = helper.make_graph(
-        [helper.make_node("If", ["b"], ["y"], then_branch=inner, else_branch=inner)], "o", [], []
-    )
+    outer = helper.make_graph([helper.make_node("If", ["b"], ["y"], then_branch=inner, else_branch=inner)], "o", [], [])
     model.graph.node.append(helper.make_node("If", ["b"], ["z"], then_branch=outer, else_branch=outer))
     return model.SerializeToString()
 
@@ -265,9 +261,7 @@ def test_other_weights_are_told_by_the_golden_embeddings(bundle: Path):
     onnx.save(model, path)
     reseal(bundle)
     report = inspect_bundle(bundle)
-    assert any(
-        "golden embeddings: document texts at dim 32 differ by" in problem for problem in report.problems
-    )
+    assert any("golden embeddings: document texts at dim 32 differ by" in problem for problem in report.problems)
     assert report.golden_max_abs is not None and report.golden_max_abs > 1e-4
 
 

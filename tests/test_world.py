@@ -66,7 +66,10 @@ def test_world_from_the_environment() -> None:
         ({"RANK": "0", "WORLD_SIZE": "2"}, "got RANK, WORLD_SIZE without LOCAL_RANK, LOCAL_WORLD_SIZE"),
         (dict.fromkeys(TORCHRUN, "x"), "allowed: integers >= 0"),
         (dict.fromkeys(TORCHRUN, "2"), "allowed: ranks below their world sizes"),
-        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4"}, "below their world sizes"),
+        (
+            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4"},
+            "below their world sizes",
+        ),
     ],
 )
 def test_half_a_world_is_refused(values: dict[str, str], message: str) -> None:
@@ -79,9 +82,15 @@ def test_half_a_world_is_refused(values: dict[str, str], message: str) -> None:
     [
         ("python /b/accelerate launch --num_processes 4 t.py --num_processes 8", {"num_processes": "4"}),
         ("/b/accelerate-launch --num-processes=4 --cpu t.py", {"num_processes": "4", "cpu": ""}),
-        ("python -m accelerate.commands.launch --cpu --config_file c.yaml t.py", {"cpu": "", "config_file": "c.yaml"}),
+        (
+            "python -m accelerate.commands.launch --cpu --config_file c.yaml t.py",
+            {"cpu": "", "config_file": "c.yaml"},
+        ),
         ("python /b/torchrun --nproc-per-node 2 --nnodes=2 t.py", {"nproc_per_node": "2", "nnodes": "2"}),
-        ("python -m torch.distributed.run --standalone --nproc_per_node 3 -m x", {"standalone": "", "nproc_per_node": "3"}),
+        (
+            "python -m torch.distributed.run --standalone --nproc_per_node 3 -m x",
+            {"standalone": "", "nproc_per_node": "3"},
+        ),
         ("python train.py --num_processes 3", None),
         ("accelerate config", None),
     ],
@@ -97,8 +106,16 @@ def test_launcher_command_lines(line: str, flags: dict[str, str] | None) -> None
         (["torchrun", "--nproc_per_node=3"], {}, "torchrun --nnodes 1 --nproc_per_node 3 asks for 3, got 1"),
         (["torchrun"], {"PET_NPROC_PER_NODE": "2", "PET_NNODES": "4"}, "asks for 8, got 1"),
         (["accelerate", "launch"], {"PET_NPROC_PER_NODE": "2"}, "--nproc_per_node 2 asks for 2, got 1"),
-        (["accelerate", "launch", "--config_file", "c.yaml"], {}, "num_processes in .*/c.yaml asks for 5, got 1"),
-        (["accelerate", "launch"], {"HF_HOME": "home"}, "num_processes in .*default_config.yaml asks for 6, got 1"),
+        (
+            ["accelerate", "launch", "--config_file", "c.yaml"],
+            {},
+            "num_processes in .*/c.yaml asks for 5, got 1",
+        ),
+        (
+            ["accelerate", "launch"],
+            {"HF_HOME": "home"},
+            "num_processes in .*default_config.yaml asks for 6, got 1",
+        ),
         (["accelerate", "launch", "--cpu"], {"HF_HOME": "home"}, None),
         (["torchrun", "--nproc_per_node", "gpu"], {}, None),
         (["torchrun", "--nproc_per_node", "1"], {}, None),

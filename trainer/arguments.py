@@ -15,9 +15,7 @@ def is_exact(config: RunConfig) -> bool:
     return config.loss.name == EXACT_LOSS and config.loss.step == "exact"
 
 
-def training_arguments(
-    config: RunConfig, run_dir: Path, world: World
-) -> SentenceTransformerTrainingArguments:
+def training_arguments(config: RunConfig, run_dir: Path, world: World) -> SentenceTransformerTrainingArguments:
     """The Trainer's arguments for this run. All ranks must call: creating them opens the process group.
 
     Raises UserError where the world size does not divide the global batch of a loss that needs it to.

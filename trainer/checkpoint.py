@@ -55,9 +55,7 @@ def problem_with(checkpoint: Path) -> str | None:
     found.pop(MANIFEST, None)
     for name in sorted({*listed, *found}):
         if listed.get(name) != found.get(name):
-            state = (
-                "missing" if name not in found else "not in the manifest" if name not in listed else "changed"
-            )
+            state = "missing" if name not in found else "not in the manifest" if name not in listed else "changed"
             return f"{checkpoint}: {name} is {state}"
     return None
 

@@ -58,9 +58,7 @@ def _open(folder: Path, manifest: Manifest, cache_dir: Path, datasets: Any) -> A
     finally:
         if quiet:
             datasets.utils.logging.enable_progress_bar()
-    return rows.select_columns(
-        sorted((c for c in rows.column_names if schema.ROLE.fullmatch(c)), key=_position)
-    )
+    return rows.select_columns(sorted((c for c in rows.column_names if schema.ROLE.fullmatch(c)), key=_position))
 
 
 def _position(role: str) -> tuple[int, int]:

@@ -48,17 +48,13 @@ class Tokenised:
     order: DataOrder
 
 
-def tokenise(
-    config: RunConfig, rows: Any, facts: list[dict[str, Any]], model: SentenceTransformer
-) -> Tokenised:
+def tokenise(config: RunConfig, rows: Any, facts: list[dict[str, Any]], model: SentenceTransformer) -> Tokenised:
     """Token cache and data order of a run. Every process may call; one of a node builds, the others wait.
 
     Raises UserError where no source fills one global batch.
     """
     fingerprint = "+".join(f["fingerprint"] for f in facts)
-    cache = token_cache(
-        rows, fingerprint, text_columns(rows.column_names), model, Path(config.data.cache_dir)
-    )
+    cache = token_cache(rows, fingerprint, text_columns(rows.column_names), model, Path(config.data.cache_dir))
     order = DataOrder(config.train.seed, config.train.global_batch_size, tuple(f["rows"] for f in facts))
     if not order.steps_per_epoch:
         sizes = ", ".join(f"{f['name']} {f['rows']:,}" for f in facts)
@@ -117,28 +113,22 @@ class ExactStep:
         self._log = _Sums()
 
     def run(self, model: nn.Module, batch: Batch, backward: Callable[[Tensor], None]) -> Tensor:
-        """Loss of this rank (its mean over ranks is the batch's), gradients left on the parameters. All ranks must call.
+        """Loss of this rank (its mean over ranks is the batch's), gradients left on the parameters.
 
-        `model` is the prepared model, wrapped or not. Raises StepAbandoned on all ranks alike.
+        All ranks must call. `model` is the prepared model, wrapped or not. Raises StepAbandoned on all ranks alike.
         """
         started = time.perf_counter()
         device = next(model.parameters()).device
         features = BatchFeatures(self._data.cache, self._padder, batch.rows, device, self._apart)
         if self._step is None:
             engine: Engine = (
-                DDP(model, backward)
-                if isinstance(model, DistributedDataParallel)
-                else Single(model, backward)
+                DDP(model, backward) if isinstance(model, DistributedDataParallel) else Single(model, backward)
             )
-            self._step = GradCache(
-                engine, self._objective, self._config.train.seed, stop_asked=self._stop_asked
-            )
+            self._step = GradCache(engine, self._objective, self._config.train.seed, stop_asked=self._stop_asked)
             self._graph_bytes = self._measure(batch.plan, features, device)
         kept = self._kept(batch.plan)
         outcome = dataclasses.replace(self._step, kept=kept).step(batch.plan, features, batch.step)
-        self._log.add(
-            batch, kept, outcome.loss_by_dim, outcome.seconds, started - self._ended, self._data.cache
-        )
+        self._log.add(batch, kept, outcome.loss_by_dim, outcome.seconds, started - self._ended, self._data.cache)
         self._ended = time.perf_counter()
         return outcome.loss
 
@@ -164,9 +154,7 @@ class ExactStep:
 
         keep: list[Tensor] = []  # what is saved must live on, or another tensor would get its address
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-            hooks = torch.autograd.graph.saved_tensors_hooks(
-                lambda t: (keep.append(t), pack(t))[1], lambda t: t
-            )
+            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (keep.append(t), pack(t))[1], lambda t: t)
             with hooks:
                 self._model(inputs)
         per_token = sum(held.values()) / inputs["input_ids"].numel()
@@ -224,9 +212,7 @@ class _Sums:
             real += int(plan.lengths[rank].sum())
             padded += int(longest.sum())
             again += int(longest[kept:].sum()) if len(longest) > 1 else 0
-        distinct = int(
-            (plan.all_targets.anchor_rows > 0).sum() + (plan.all_targets.candidate_count > 0).sum()
-        )
+        distinct = int((plan.all_targets.anchor_rows > 0).sum() + (plan.all_targets.candidate_count > 0).sum())
         self._numbers += (
             real,
             padded,

@@ -83,9 +83,7 @@ def _only(items: list[dict[str, Batch]]) -> dict[str, Batch]:
 class BatchFeatures:
     """Makes model inputs of texts of one batch, by their numbers in the batch (row * columns + column)."""
 
-    def __init__(
-        self, cache: TokenCache, padder: Padder, rows: np.ndarray, device: torch.device, apart: bool
-    ) -> None:
+    def __init__(self, cache: TokenCache, padder: Padder, rows: np.ndarray, device: torch.device, apart: bool) -> None:
         self._cache, self._padder, self._rows, self._device, self._apart = cache, padder, rows, device, apart
 
     def __call__(self, numbers: np.ndarray) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import cos_sim, dot_score
@@ -18,9 +19,7 @@ from launch import config as schema
 from launch.errors import UserError
 
 _SIMILARITY = {"cos_sim": cos_sim, "dot_score": dot_score}
-_DISTANCE = {
-    name.lower(): getattr(losses.TripletDistanceMetric, name) for name in ("COSINE", "EUCLIDEAN", "MANHATTAN")
-}
+_DISTANCE = {name.lower(): getattr(losses.TripletDistanceMetric, name) for name in ("COSINE", "EUCLIDEAN", "MANHATTAN")}
 _SIAMESE = {
     "cosine": losses.SiameseDistanceMetric.COSINE_DISTANCE,
     "euclidean": losses.SiameseDistanceMetric.EUCLIDEAN,
@@ -57,9 +56,7 @@ def build_loss(
     """
     cls = getattr(losses, settings.name)
     # Two losses share a constructor by inheritance, so the signature is the class's own view.
-    parameters = {
-        k: p for k, p in inspect.signature(cls.__init__).parameters.items() if k not in ("self", "model")
-    }
+    parameters = {k: p for k, p in inspect.signature(cls.__init__).parameters.items() if k not in ("self", "model")}
     arguments: dict[str, Any] = {}
     for name, value in settings.arguments.items():
         if name not in parameters:
@@ -87,24 +84,18 @@ def build_loss(
         raise UserError(f"loss.arguments: {settings.name} needs {', '.join(missing)}")
     width = model.get_embedding_dimension() or 0
     if settings.dims and settings.dims[0] > width:
-        raise UserError(
-            f"loss.dims: got {settings.dims[0]}, the model has {width} dimensions; allowed: up to {width}"
-        )
+        raise UserError(f"loss.dims: got {settings.dims[0]}, the model has {width} dimensions; allowed: up to {width}")
     try:
         loss = cls(model=model, **arguments)
         if settings.dims:
             weights = settings.dim_weights or [1.0] * len(settings.dims)
             loss = losses.MatryoshkaLoss(model, loss, settings.dims, weights)
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"loss: {settings.name} refuses its arguments: {str(error).splitlines()[0]}"
-        ) from error
+        raise UserError(f"loss: {settings.name} refuses its arguments: {str(error).splitlines()[0]}") from error
     return loss
 
 
-def _argument(
-    loss: str, name: str, value: Any, load_guide: Callable[[str], SentenceTransformer] | None
-) -> Any:
+def _argument(loss: str, name: str, value: Any, load_guide: Callable[[str], SentenceTransformer] | None) -> Any:
     if name == "guide":
         if not isinstance(value, str) or load_guide is None:
             raise UserError(f"loss.arguments.guide: got {value!r}, allowed: path or hub name of a model")
@@ -131,7 +122,7 @@ class LossByDim:
         if not isinstance(loss, losses.MatryoshkaLoss):
             return
         if loss.uses_gradient_cache:
-            decorator = loss.loss.calculate_loss
+            decorator: Any = loss.loss.calculate_loss
             decorator.fn = self._watch(decorator.fn)
         else:
             self._dims = loss.matryoshka_dims
@@ -151,6 +142,6 @@ class LossByDim:
         self._next = 0
 
     def _record(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        total = sum(output.values()) if isinstance(output, dict) else output
+        total = torch.stack(list(output.values())).sum() if isinstance(output, dict) else output
         self.values[self._dims[self._next]] = total.detach()
         self._next += 1

@@ -5,7 +5,7 @@ processes is checked before the process group exists; a world or an engine that 
 never trains.
 """
 
-import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -13,8 +13,10 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,37 @@ from launch.errors import EXIT_DONE, CheckFailed, UserError
 from launch.files import write_json
 from launch.reader import resolved_yaml, run_directory
 from launch.world import World, check_world
+from trainer.run_folder import held, read_record, refuse_other_data
 
 MODEL = "model"
 BUNDLE = "bundle"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every part of a run needs to know."""
+
+    config: RunConfig
+    run_dir: Path
+    argv: list[str]
+    world: World
+    clock: "Clock"
+
+    def say(self, line: str) -> None:
+        """Print on rank 0."""
+        if self.world.rank == 0:
+            print(line, flush=True)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run's rows and model, loaded before the process group exists."""
+
+    rows: Any
+    facts: list[dict[str, Any]]
+    held_out: Any
+    model: Any
+    data: Any  # trainer.exact_step.Tokenised, None where sentence-transformers' own code trains
 
 
 def run(config: RunConfig, run_file: Path, argv: list[str], world: World) -> int:
@@ -34,145 +64,153 @@ def run(config: RunConfig, run_file: Path, argv: list[str], world: World) -> int
     Raises UserError for what the user can mend and CheckFailed where parity does not hold.
     """
     check_world(config, world)
-    run_dir = run_directory(config, run_file)
-    with _held(run_dir, config, world):
+    check_precision(config)
+    this = Run(config, run_directory(config, run_file), argv, world, Clock())
+    with held(this.run_dir, config, world):
         quiet_libraries()
-        return _run(config, run_dir, argv, world)
+        import torch
+
+        try:
+            prepared = _prepare(this)
+            tuned = _train(this, prepared)
+            if config.evaluate:
+                with this.clock.phase("evaluate"):
+                    _evaluate(this, tuned, prepared.held_out)
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        if world.rank == 0:
+            _finish(this, tuned)
+    return EXIT_DONE
 
 
-def _run(config: RunConfig, run_dir: Path, argv: list[str], world: World) -> int:
-    import torch
+def _prepare(run: Run) -> Prepared:
+    """Rows, model and token cache. Processes of one node that import or tokenise the same rows wait on a lock."""
+    from transformers import set_seed
 
+    from trainer.arguments import is_exact
     from trainer.data import open_sources
+    from trainer.exact_step import check_arguments, tokenise
+    from trainer.model import freeze_unused, load_model
 
-    clock = Clock()
-    say = print if world.rank == 0 else _silent
-    cache_dir = Path(config.data.cache_dir)
-    with clock.phase("data"):
+    config, cache_dir = run.config, Path(run.config.data.cache_dir)
+    exact = is_exact(config)
+    if exact:
+        check_arguments(config)
+    with run.clock.phase("data"):
         rows, facts = open_sources(config.data.sources, cache_dir, config.data.max_rows)
         held_out = open_sources(config.evaluate.sources, cache_dir)[0] if config.evaluate else None
+    refuse_other_data(run.run_dir, facts)
     if len(rows) < config.train.global_batch_size:
         raise UserError(
             f"data.sources: {len(rows):,} rows are fewer than one batch of {config.train.global_batch_size:,}; "
             f"allowed: train.global_batch_size up to {len(rows):,}"
         )
-    try:
-        tuned = _train(config, run_dir, world, rows, facts, argv, clock, say)
-        if held_out is not None:
-            with clock.phase("evaluate"):
-                _evaluate(config, run_dir, world, tuned, held_out, say)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    if world.rank == 0:
-        _finish(config, run_dir, tuned, clock, say)
-    return EXIT_DONE
-
-
-def _train(
-    config: RunConfig,
-    run_dir: Path,
-    world: World,
-    rows: Any,
-    facts: list[dict[str, Any]],
-    argv: list[str],
-    clock: "Clock",
-    say: Any,
-) -> Any:
-    """Train from the start or from the newest whole checkpoint; returns the tuned model. All ranks must call."""
-    import torch
-    from transformers import set_seed
-
-    from trainer import checkpoint
-    from trainer.arguments import is_exact, training_arguments
-    from trainer.exact_step import ExactStep, check_arguments, tokenise
-    from trainer.losses import build_loss
-    from trainer.model import describe, freeze_unused, load_model
-    from trainer.run_record import now, start_record
-    from trainer.trainer import ContrastiveTrainer
-
-    exact = is_exact(config)
-    if exact:
-        check_arguments(config)
     set_seed(config.train.seed)
-    with clock.phase("load"):
+    with run.clock.phase("load"):
         model = load_model(config.model, "cpu")
     frozen = freeze_unused(model)
     data = None
     if exact:
-        with clock.phase("tokenise"):
+        with run.clock.phase("tokenise"):
             data = tokenise(config, rows, facts, model)
-    check_precision(config)
-    args = training_arguments(config, run_dir, world)
-    check_live(args, world)
+    if frozen:
+        run.say(f"frozen: {', '.join(frozen)} (no embedding depends on them)")
+    return Prepared(rows, facts, held_out, model, data)
+
+
+def _train(run: Run, prepared: Prepared) -> Any:
+    """Train from the start or from the newest whole checkpoint; returns the tuned model. All ranks must call."""
+    import torch
+
+    from trainer import checkpoint
+    from trainer.arguments import training_arguments
+    from trainer.exact_step import ExactStep
+    from trainer.losses import build_loss
+    from trainer.model import load_model
+    from trainer.run_record import now
+    from trainer.trainer import ContrastiveTrainer
+
+    config, run_dir, model = run.config, run.run_dir, prepared.model
+    args = training_arguments(config, run_dir, run.world)
+    check_live(args, run.world, config, prepared.facts)
 
     def load_guide(path: str) -> Any:
         return load_model(config.model.model_copy(update={"path": path, "pooling": None}), str(args.device))
 
     loss = build_loss(config.loss, model, load_guide)
-    shape = describe(model)
     resume = checkpoint.find_latest(run_dir, logging.getLogger("nestling").warning)
-    record: dict[str, Any] = {}
-    if world.rank == 0:
-        record = start_record(config, argv, world, facts)
-        record["model"] = shape
-        write_json(run_dir / "run.json", record)
-        (run_dir / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
-    width = f"{shape['width']} dims, {shape['pooling']} pooling"
-    say(f"model: {config.model.path}, {shape['parameters']:,} parameters, {width}")
-    if frozen:
-        say(f"frozen: {', '.join(frozen)} (no embedding depends on them)")
-    for line in batch_arithmetic(config, rows.column_names, [f["rows"] for f in facts], world, exact):
-        say(line)
+    record = _begin(run, prepared, checkpoint.step_of(resume) if resume else 0)
+    for line in batch_arithmetic(run, prepared):
+        run.say(line)
     if resume:
-        say(f"resuming from {resume}")
-    step = ExactStep(config, model, data, world, bool) if data else None
-    trainer = ContrastiveTrainer(config, model, args, rows, loss, run_dir, step)
-    with clock.phase("train"):
+        run.say(f"resuming from {resume}")
+    step = ExactStep(config, model, prepared.data, run.world, bool) if prepared.data else None
+    trainer = ContrastiveTrainer(config, model, args, prepared.rows, loss, run_dir, step)
+    with run.clock.phase("train"):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if world.rank == 0:
-        model.save_pretrained(str(run_dir / MODEL), create_model_card=False)
-        record |= {"trained": now(), "steps": trainer.state.global_step, "seconds": clock.seconds}
+    # Takes off the autocast that accelerate put around forward: evaluation and export are fp32.
+    tuned = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    if run.world.rank == 0:
+        tuned.save_pretrained(str(run_dir / MODEL), create_model_card=False)
+        record |= {"trained": now(), "steps": trainer.state.global_step, "seconds": run.clock.seconds}
         write_json(run_dir / "run.json", record)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    # Takes off the autocast that accelerate put around forward: evaluation and export are fp32.
-    return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    return tuned
 
 
-def batch_arithmetic(
-    config: RunConfig, columns: list[str], sizes: list[int], world: World, exact: bool
-) -> list[str]:
+def _begin(run: Run, prepared: Prepared, step: int) -> dict[str, Any]:
+    """Write the record of a run that starts at `step`; rank 0 only. A resumed run keeps its id."""
+    if run.world.rank:
+        return {}
+    from trainer.metrics_log import rewind
+    from trainer.model import describe
+    from trainer.run_record import start_record
+
+    record = start_record(run.config, run.argv, run.world, prepared.facts)
+    shape = describe(prepared.model)
+    record |= {"model": shape, "run_id": (read_record(run.run_dir) or record)["run_id"]}
+    rewind(run.run_dir / "metrics.jsonl", step)
+    write_json(run.run_dir / "run.json", record)
+    (run.run_dir / "config.yaml").write_text(resolved_yaml(run.config), encoding="utf-8")
+    size = f"{shape['parameters']:,} parameters, {shape['width']} dims, {shape['pooling']} pooling"
+    run.say(f"model: {run.config.model.path}, {size}")
+    return record
+
+
+def batch_arithmetic(run: Run, prepared: Prepared) -> list[str]:
     """The arithmetic of a run in words, printed before the first step."""
-    batch, rows = config.train.global_batch_size, sum(sizes)
+    train, exact = run.config.train, prepared.data is not None
+    columns, sizes = prepared.rows.column_names, [f["rows"] for f in prepared.facts]
+    batch, rows, processes = train.global_batch_size, sum(sizes), run.world.world_size
     steps_per_epoch = sum(size // batch for size in sizes) if exact else rows // batch
-    steps = config.train.max_steps or math.ceil(steps_per_epoch * config.train.epochs)
+    steps = train.max_steps or math.ceil(steps_per_epoch * train.epochs)
     texts = len([c for c in columns if c not in ("score", "label")])
     lines = [f"rows: {rows:,} with columns {', '.join(columns)}"]
-    spread = f"global batch: {batch:,} rows over {world.world_size} process(es)"
+    spread = f"global batch: {batch:,} rows over {processes} process(es)"
     if exact:
         lines.append(f"{spread}, {batch * (texts - 1) - 1:,} negatives per anchor before masks")
-        lines.append(f"step: exact, micro-batches of up to {config.train.micro_batch_tokens:,} tokens")
+        lines.append(f"step: exact, micro-batches of up to {train.micro_batch_tokens:,} tokens")
     else:
-        lines.append(f"{spread}, {batch // world.world_size:,} each")
-        lines.append(f"step: sentence-transformers' own {config.loss.name}")
+        lines.append(f"{spread}, {batch // processes:,} each")
+        lines.append(f"step: sentence-transformers' own {run.config.loss.name}")
     left_out = rows - steps_per_epoch * batch
-    lines.append(
-        f"steps: {steps:,} ({steps_per_epoch:,} an epoch; {left_out:,} rows of an epoch do not fill a batch)"
-    )
+    lines.append(f"steps: {steps:,} ({steps_per_epoch:,} an epoch; {left_out:,} rows of an epoch do not fill a batch)")
     return lines
 
 
-def _evaluate(config: RunConfig, run_dir: Path, world: World, tuned: Any, rows: Any, say: Any) -> None:
+def _evaluate(run: Run, tuned: Any, rows: Any) -> None:
     """Embed the held-out set with base and tuned model, compare at every dim. All ranks must call."""
     from trainer.embed import embed
     from trainer.evaluation import evaluate, retrieval_set
-    from trainer.model import load_model, max_length_of, prompt_of
+    from trainer.model import ROLES, load_model, max_length_of, prompt_of
 
+    config, world = run.config, run.world
     assert config.evaluate is not None
     settings = config.evaluate
     questions = retrieval_set(rows, settings.max_queries, settings.max_documents, config.train.seed)
-    say(f"evaluation: {len(questions.queries):,} queries over {len(questions.documents):,} documents")
+    run.say(f"evaluation: {len(questions.queries):,} queries over {len(questions.documents):,} documents")
     vectors = {}
     for name in ("base", "tuned"):
         model = tuned if name == "tuned" else load_model(config.model, str(tuned.device))
@@ -186,48 +224,49 @@ def _evaluate(config: RunConfig, run_dir: Path, world: World, tuned: Any, rows: 
                 batch_tokens=settings.batch_tokens,
                 world=world,
             )
-            for role, texts in (("query", questions.queries), ("document", questions.documents))
+            for role, texts in zip(ROLES, (questions.queries, questions.documents), strict=True)
         )
     if world.rank == 0:
         dims = config.loss.dims or [tuned.get_embedding_dimension()]
         evaluation, by_query = evaluate(questions, vectors, dims, seed=config.train.seed)
-        write_json(run_dir / "evaluation.json", evaluation)
-        write_json(run_dir / "evaluation_queries.json", by_query)
+        write_json(run.run_dir / "evaluation.json", evaluation)
+        write_json(run.run_dir / "evaluation_queries.json", by_query)
 
 
-def _finish(config: RunConfig, run_dir: Path, tuned: Any, clock: "Clock", say: Any) -> None:
+def _finish(run: Run, tuned: Any) -> None:
     """Bundle, verification and report; rank 0 only, after the process group is gone."""
     from trainer.evaluation import table
     from trainer.report import write_report
     from trainer.run_record import now
 
-    record = json.loads((run_dir / "run.json").read_text())
+    config, run_dir = run.config, run.run_dir
+    record = read_record(run_dir)
+    assert record is not None
     if config.export:
         from trainer.export.cli import export_run
 
-        with clock.phase("export"):
+        with run.clock.phase("export"):
             export_run(run_dir, run_dir / BUNDLE, config.export.opset, tuned)
-        with clock.phase("verify"):
+        run.say(f"bundle: {run_dir / BUNDLE}, checked in a process that cannot import torch:")
+        with run.clock.phase("verify"):
             verify = [sys.executable, "-m", "trainer.export.verify", str(run_dir / BUNDLE)]
             if subprocess.run(verify, check=False).returncode:
                 raise CheckFailed(f"{run_dir / BUNDLE}: the bundle does not verify; see the lines above")
-    record |= {"finished": now(), "seconds": clock.seconds}
+    record |= {"finished": now(), "seconds": run.clock.seconds}
     write_json(run_dir / "run.json", record)
     report = write_report(run_dir)
-    say("")
     if config.evaluate:
-        say(table(json.loads((run_dir / "evaluation.json").read_text())))
-        say("")
-    say("seconds: " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in clock.seconds.items()))
-    say(f"model:       {run_dir / MODEL}")
+        run.say("\n" + table(json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))) + "\n")
+    run.say("seconds: " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in run.clock.seconds.items()))
+    run.say(f"model:       {run_dir / MODEL}")
     if config.export:
-        say(f"bundle:      {run_dir / BUNDLE}")
-    say(f"report:      {report}")
-    say(f"TensorBoard: tensorboard --logdir {run_dir}")
+        run.say(f"bundle:      {run_dir / BUNDLE}")
+    run.say(f"report:      {report}")
+    run.say(f"TensorBoard: tensorboard --logdir {run_dir}")
 
 
-def check_live(args: Any, world: World) -> None:
-    """Refuse a world or an engine that the libraries silently replaced. All ranks must call.
+def check_live(args: Any, world: World, config: RunConfig, facts: list[dict[str, Any]]) -> None:
+    """Refuse a world or an engine that the libraries silently replaced, and ranks that differ. All ranks must call.
 
     accelerate starts independent processes, or plain DDP for FSDP, without an error in cases that a CPU or a
     missing flag brings about; each of them trains something that was not asked for.
@@ -250,6 +289,16 @@ def check_live(args: Any, world: World) -> None:
             raise UserError(
                 f"engine: got {engine}, allowed: one process or DDP; "
                 "start with accelerate launch --config_file configs/accelerate/ddp.yaml train.py RUN.yaml"
+            )
+    if got > 1:
+        fingerprints = [f["fingerprint"] for f in facts]
+        mine = hashlib.sha256(json.dumps([config.model_dump(mode="json"), fingerprints]).encode()).hexdigest()
+        others: list[Any] = [None] * got
+        torch.distributed.all_gather_object(others, mine)
+        if odd := [str(rank) for rank, other in enumerate(others) if other != others[0]]:
+            raise UserError(
+                f"rank {', '.join(odd)}: another config or other rows than rank 0; every node needs the same run file "
+                "and the same data"
             )
 
 
@@ -279,86 +328,6 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
 
 
-@contextmanager
-def _held(run_dir: Path, config: RunConfig, world: World) -> Iterator[None]:
-    """Lock the run folder for this run on rank 0; raises UserError where it belongs to another run.
-
-    A folder that this run made and left without anything in it is removed again.
-    """
-    if world.rank:
-        yield
-        return
-    fresh = not run_dir.exists()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"train.run_dir: cannot write to {run_dir}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"train.run_dir: {run_dir} is in use by a run that is going on; choose another: train.run_dir=FOLDER"
-            ) from None
-        if not fresh:
-            _refuse_another_run(run_dir, config)
-        try:
-            yield
-        finally:
-            if fresh and [p.name for p in run_dir.iterdir()] == [".lock"]:
-                (run_dir / ".lock").unlink()
-                run_dir.rmdir()
-
-
-def _refuse_another_run(run_dir: Path, config: RunConfig) -> None:
-    try:
-        record = json.loads((run_dir / "run.json").read_text())
-    except FileNotFoundError:
-        others = [p.name for p in run_dir.iterdir() if p.name != ".lock"]
-        if others:
-            raise UserError(
-                f"train.run_dir: {run_dir} holds files of something else ({', '.join(sorted(others)[:3])}); "
-                "choose another: train.run_dir=FOLDER"
-            ) from None
-        return
-    except ValueError:
-        raise UserError(
-            f"train.run_dir: {run_dir}/run.json is broken; choose another: train.run_dir=FOLDER"
-        ) from None
-    if record.get("finished"):
-        raise UserError(
-            f"train.run_dir: {run_dir} holds a run that finished at {record['finished']}; "
-            "choose another: train.run_dir=FOLDER, or remove it"
-        )
-    was, now = _flat(record.get("config", {})), _flat(config.model_dump(mode="json"))
-    differing = sorted(
-        k
-        for k in {*was, *now}
-        if was.get(k) != now.get(k) and k.startswith(("model", "data", "loss", "train"))
-    )
-    differing = [
-        k
-        for k in differing
-        if k not in ("train.run_dir", "train.logging_steps", "train.report_to", "train.loader_workers")
-    ]
-    if differing:
-        raise UserError(
-            f"train.run_dir: {run_dir} holds an unfinished run with other settings ({', '.join(differing[:5])}); "
-            "choose another: train.run_dir=FOLDER"
-        )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        return {
-            k: v
-            for name, sub in tree.items()
-            for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()
-        }
-    return {prefix: tree}
-
-
 def quiet_libraries() -> None:
     """Keep the libraries' hints and bars out of the log; nestling prints its own lines."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -366,8 +335,6 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    # accelerate passes the one argument that torch has for it today.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     logging.basicConfig(level=logging.WARNING, format="nestling: %(message)s")
-
-
-def _silent(*_: object) -> None:
-    """What ranks other than 0 print."""

@@ -19,9 +19,7 @@ class StepLog(TrainerCallback):
         self._path = path
         self._last_print = 0.0
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         with self._path.open("a", encoding="utf-8") as file:
@@ -32,6 +30,20 @@ class StepLog(TrainerCallback):
         if edge or sys.stderr.isatty() or now - self._last_print >= 10:
             self._last_print = now
             print(line(logs, state.global_step, state.max_steps), flush=True)
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop the lines after `step`, which a run that resumes there writes again, and one that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(text)["step"] <= step:
+                kept.append(text)
+        except ValueError:
+            continue
+    path.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
 
 
 def record(logs: dict[str, float], step: int, epoch: float | None) -> dict[str, Any]:

@@ -58,8 +58,14 @@ def load_model(settings: schema.Model, device: str) -> SentenceTransformer:
 
 
 def prompt_of(model: SentenceTransformer, role: Role) -> str | None:
-    """Text that goes before every input of this role, None if the model has none."""
-    return model.prompts.get(role) or None
+    """Text that goes before every input of this role, None if the model has none.
+
+    The same choice as sentence-transformers' `encode_query` and `encode_document`: a document may also be called
+    passage or corpus, and a model may name a default.
+    """
+    names = ("query",) if role == "query" else ("document", "passage", "corpus")
+    found = [model.prompts[name] for name in (*names, model.default_prompt_name) if name in model.prompts]
+    return found[0] or None if found else None
 
 
 def max_length_of(model: SentenceTransformer, role: Role) -> int | None:
@@ -111,7 +117,7 @@ def _set_lengths(model: SentenceTransformer, settings: schema.Model) -> None:
                 f"model.max_query_length: got {settings.max_query_length}, allowed: up to the maximal length "
                 f"{model.max_seq_length}; set model.max_seq_length too"
             )
-        model[0].query_length = settings.max_query_length
+        setattr(model[0], "query_length", settings.max_query_length)  # noqa: B010  (a Module to the type checker)
 
 
 def _set_dropout(model: SentenceTransformer, probability: float) -> None:

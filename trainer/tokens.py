@@ -24,7 +24,7 @@ from sentence_transformers import SentenceTransformer
 
 from launch.errors import UserError
 from launch.files import exclusive, publish_folder, remove_folder, write_json
-from trainer.model import Role, max_length_of, prompt_of
+from trainer.model import ROLES, Role, max_length_of, prompt_of
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -96,9 +96,7 @@ class Padder:
         }
         if self._types:
             features["token_type_ids"] = torch.zeros_like(features["input_ids"])
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in features.items()} | {
-            "modality": "text"
-        }
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in features.items()} | {"modality": "text"}
 
 
 def token_cache(
@@ -123,25 +121,22 @@ def token_cache(
 def _facts(fingerprint: str, columns: Sequence[str], model: SentenceTransformer) -> dict[str, Any]:
     backend = getattr(model.tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else repr(model.tokenizer)
-    roles: list[Role] = ["query", "document"]
     return {
         "format": FORMAT,
         "data": fingerprint,
         "columns": list(columns),
         "tokenizer": xxhash.xxh3_128_hexdigest(words.encode()),
-        "max_length": {role: max_length_of(model, role) for role in roles},
-        "prompts": {role: prompt_of(model, role) for role in roles},
+        "max_length": {role: max_length_of(model, role) for role in ROLES},
+        "prompts": {role: prompt_of(model, role) for role in ROLES},
     }
 
 
 def _prompt_lengths(model: SentenceTransformer) -> dict[str, int | None]:
-    roles: list[Role] = ["query", "document"]
     lengths: dict[str, int | None] = {}
-    for role in roles:
+    for role in ROLES:
         prompt = prompt_of(model, role)
-        lengths[role] = (
-            model.preprocess(["a"], prompt=prompt, task=role).get("prompt_length") if prompt else None
-        )
+        length = model.preprocess(["a"], prompt=prompt, task=role).get("prompt_length") if prompt else None
+        lengths[role] = None if length is None else int(length)
     return lengths
 
 
@@ -176,9 +171,7 @@ def _open(folder: Path, columns: list[str], prompt_length: dict[str, int | None]
     )
 
 
-def _build(
-    folder: Path, facts: dict[str, Any], rows: Any, columns: Sequence[str], model: SentenceTransformer
-) -> None:
+def _build(folder: Path, facts: dict[str, Any], rows: Any, columns: Sequence[str], model: SentenceTransformer) -> None:
     partial = folder.with_name(f".partial-{folder.name}")
     remove_folder(partial)
     partial.mkdir(parents=True)
@@ -204,18 +197,14 @@ def _build(
                 np.concatenate(texts).tofile(files["ids"])
                 offsets.tofile(files["offsets"])
                 seeds = [role_of(column) == "query" for column in columns] * len(by_column[0])
-                tokens = (
-                    xxhash.xxh3_64_intdigest(t.tobytes(), int(s)) for t, s in zip(texts, seeds, strict=True)
-                )
+                tokens = (xxhash.xxh3_64_intdigest(t.tobytes(), int(s)) for t, s in zip(texts, seeds, strict=True))
                 np.fromiter(tokens, np.uint64).tofile(files["token_id"])
                 normal = (text_id(batch[column][i]) for i in range(len(by_column[0])) for column in columns)
                 np.fromiter(normal, np.uint64).tofile(files["text_id"])
                 progress.advance(len(by_column[0]))
         for file in files.values():
             file.close()
-        write_json(
-            partial / MANIFEST, {"facts": facts, "files": {n: _hash(partial / f"{n}.bin") for n in _FILES}}
-        )
+        write_json(partial / MANIFEST, {"facts": facts, "files": {n: _hash(partial / f"{n}.bin") for n in _FILES}})
         publish_folder(partial, folder)
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot write {partial}: {error.strerror}") from error

@@ -30,6 +30,7 @@ from trainer.gradcache import StepAbandoned
 from trainer.loader import step_loader
 from trainer.losses import LossByDim
 from trainer.metrics_log import StepLog
+from trainer.model import prompt_of
 from trainer.tokens import role_of
 
 
@@ -37,9 +38,7 @@ from trainer.tokens import role_of
 class RoleCollator(SentenceTransformerDataCollator):
     """Tells the model which role a column plays, so that queries get their own maximal length."""
 
-    def _get_task_for_column(
-        self, column_name: str, column_position: int, router_mapping: dict[str, str]
-    ) -> str:
+    def _get_task_for_column(self, column_name: str, column_position: int, router_mapping: dict[str, str]) -> str:
         return router_mapping.get(column_name) or role_of(column_name)
 
 
@@ -57,7 +56,7 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         exact: ExactStep | None,
     ) -> None:
         """`exact` computes the step; None leaves it to `loss` in sentence-transformers' own code."""
-        prompts = {column: model.prompts.get(role_of(column)) for column in rows.column_names}
+        prompts = {column: prompt_of(model, role_of(column)) for column in rows.column_names}
         args.prompts = {column: prompt for column, prompt in prompts.items() if prompt}
         self._config, self._run_dir, self._exact = config, run_dir, exact
         self._writing_to: Path | None = None
@@ -71,9 +70,7 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             callbacks=[StepLog(run_dir / "metrics.jsonl")],
         )
         self.remove_callback(PrinterCallback)  # it repeats StepLog
-        self._tokens = torch.zeros(
-            2, dtype=torch.int64, device=args.device
-        )  # [real, padded] since the last log
+        self._tokens = torch.zeros(2, dtype=torch.int64, device=args.device)  # [real, padded] since the last log
         self._logged_at = time.monotonic()
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
