@@ -79,9 +79,7 @@ class _Side:
         order = draw_order((f"{p.package}/{p.path}:{p.line}:{p.name}" for p in found), seed)
         self.pairs = [found[i] for i in order]
         self.found = len(self.pairs)
-        self.keep(
-            lambda pair: len(pair.positive) <= max_chars, f"function longer than {max_chars} characters"
-        )
+        self.keep(lambda pair: len(pair.positive) <= max_chars, f"function longer than {max_chars} characters")
         for text, reason in (
             (lambda pair: normalise(pair.positive), "copy of another function"),
             (lambda pair: code_identity(pair.positive), "copy but for name, comments and layout"),
@@ -202,13 +200,9 @@ def _made_before(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         card = json.loads((out / "card.json").read_text(encoding="utf-8"))
         same = card["settings"] == settings
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{out}: exists and is no finished corpus; choose another --out or remove it"
-        ) from None
+        raise UserError(f"{out}: exists and is no finished corpus; choose another --out or remove it") from None
     if not same:
-        raise UserError(
-            f"{out}: exists, made with other settings or packages; choose another --out or remove it"
-        )
+        raise UserError(f"{out}: exists, made with other settings or packages; choose another --out or remove it")
     for name in ("train", "held_out"):
         verify_shards(out / name)
     return card
@@ -217,9 +211,7 @@ def _made_before(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def _write_side(side: _Side, folder: Path, name: str) -> dict[str, Any]:
     if not side.pairs:
         packages = ", ".join(package.name for package in side.packages)
-        raise UserError(
-            f"no pairs are left for {name} from {packages}; allowed: packages with documented functions"
-        )
+        raise UserError(f"no pairs are left for {name} from {packages}; allowed: packages with documented functions")
     kept = Counter(pair.package for pair in side.pairs)
     packages = [package for package in side.packages if kept[package.name]]
     licenses = ", ".join(f"{package.name}: {package.license}" for package in packages)
@@ -238,8 +230,7 @@ def _write_side(side: _Side, folder: Path, name: str) -> dict[str, Any]:
         "rows": manifest.rows,
         "fingerprint": manifest.fingerprint,
         "packages": [
-            {"name": p.name, "version": p.version, "license": p.license, "rows": kept[p.name]}
-            for p in side.packages
+            {"name": p.name, "version": p.version, "license": p.license, "rows": kept[p.name]} for p in side.packages
         ],
         "dropped": manifest.dropped,
     }
@@ -253,38 +244,27 @@ def card_text(card: dict[str, Any]) -> str:
         side = card[name]
         lines += [f"## {name}: {side['rows']:,} rows", "", f"Fingerprint `{side['fingerprint']}`", ""]
         lines += ["| package | version | licence | rows |", "|---|---|---|---|"]
-        lines += [
-            f"| {p['name']} | {p['version']} | {p['license']} | {p['rows']:,} |" for p in side["packages"]
-        ]
+        lines += [f"| {p['name']} | {p['version']} | {p['license']} | {p['rows']:,} |" for p in side["packages"]]
         lines += ["", "| left out | functions or files |", "|---|---|"]
         lines += [f"| {reason} | {count:,} |" for reason, count in side["dropped"].items()] + [""]
     lines += ["## Leak check, train against all of held-out", "", "| kind | found | left |", "|---|---|---|"]
-    lines += [
-        f"| {kind} | {count:,} | {card['leaks_left'][kind]:,} |"
-        for kind, count in card["leaks_found"].items()
-    ]
+    lines += [f"| {kind} | {count:,} | {card['leaks_left'][kind]:,} |" for kind, count in card["leaks_found"].items()]
     return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str]) -> int:
     """The command; prints one line per reason and side."""
-    parser = argparse.ArgumentParser(
-        prog="nestling data docstrings", description="Docstring -> function pairs."
-    )
+    parser = argparse.ArgumentParser(prog="nestling data docstrings", description="Docstring -> function pairs.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write: train/, held_out/, card.md")
     parser.add_argument("--train", nargs="+", default=[STDLIB], metavar="NAME", help="default: stdlib")
-    parser.add_argument(
-        "--held-out", nargs="+", metavar="NAME", help=f"default: those installed of {HELD_OUT}"
-    )
+    parser.add_argument("--held-out", nargs="+", metavar="NAME", help=f"default: those installed of {HELD_OUT}")
     parser.add_argument(
         "--max-train", type=_positive_integer, metavar="N", help="rows drawn for training; default: all"
     )
     parser.add_argument(
         "--max-held-out", type=_positive_integer, metavar="N", help="rows drawn as held-out; default: all"
     )
-    parser.add_argument(
-        "--max-chars", type=_positive_integer, default=4000, metavar="N", help="longest function kept"
-    )
+    parser.add_argument("--max-chars", type=_positive_integer, default=4000, metavar="N", help="longest function kept")
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of the draw and the order")
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**64:

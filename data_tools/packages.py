@@ -53,9 +53,7 @@ def find_packages(names: Sequence[str]) -> list[Package]:
         spec = importlib.machinery.PathFinder.find_spec(name) if name in owners else None
         if spec is None or not spec.submodule_search_locations:
             installed = ", ".join(sorted({n for n in owners if n.isidentifier() and not n.startswith("_")}))
-            raise UserError(
-                f"package {asked!r} is no installed folder of Python files; allowed: {STDLIB}, {installed}"
-            )
+            raise UserError(f"package {asked!r} is no installed folder of Python files; allowed: {STDLIB}, {installed}")
         packages.append(
             Package(
                 name,
@@ -69,12 +67,8 @@ def find_packages(names: Sequence[str]) -> list[Package]:
 
 def _license(distribution: str) -> str:
     facts: Any = importlib.metadata.metadata(distribution)  # an email.message.Message
-    stated = (
-        facts.get("License-Expression") or (facts.get("License") or "").strip().partition("\n")[0].strip()
-    )
-    classifiers = [
-        c.rpartition(" :: ")[2] for c in facts.get_all("Classifier") or () if c.startswith("License ::")
-    ]
+    stated = facts.get("License-Expression") or (facts.get("License") or "").strip().partition("\n")[0].strip()
+    classifiers = [c.rpartition(" :: ")[2] for c in facts.get_all("Classifier") or () if c.startswith("License ::")]
     if stated and len(stated) < 80 and not stated.casefold().startswith("copyright"):
         return stated
     return "; ".join(classifiers) or "unknown"

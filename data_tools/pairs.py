@@ -141,11 +141,7 @@ def _is_trivial(statement: ast.stmt) -> bool:
         return _last_name(error) == "NotImplementedError"
     if isinstance(statement, ast.Return):
         value = statement.value
-        return (
-            value is None
-            or isinstance(value, ast.Constant)
-            or _last_name(value) in ("NotImplemented", "self")
-        )
+        return value is None or isinstance(value, ast.Constant) or _last_name(value) in ("NotImplemented", "self")
     return isinstance(statement, ast.Pass) or (
         isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
     )

@@ -34,9 +34,7 @@ def _lines(path: Path, progress: Progress) -> Iterator[tuple[int, bytes]]:
                     progress.to(file.tell())
                 yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(
-                f"{path}: gzip is damaged after line {number:,}: {error}; copy the file again"
-            ) from None
+            raise UserError(f"{path}: gzip is damaged after line {number:,}: {error}; copy the file again") from None
 
 
 def _decode(path: Path, number: int, line: bytes) -> str:

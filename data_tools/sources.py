@@ -82,17 +82,13 @@ def _import(source: Source, cache_dir: Path, max_rows: int | None) -> Path:
     if path is not None and (path / MANIFEST).is_file():
         manifest = verify_shards(path, hash_file)
         asked = source.columns or {name: name for name in manifest.columns}
-        if all(role == column for role, column in asked.items()) and manifest.rows <= (
-            max_rows or manifest.rows
-        ):
+        if all(role == column for role, column in asked.items()) and manifest.rows <= (max_rows or manifest.rows):
             _choose(source, list(manifest.columns))
             return path
     origin = _open(source)
     before = [_stamp(file) for file in origin.files]
     content = [hash_file(file) for file in origin.files]
-    key = _key(
-        json.dumps([1, content, origin.variant, source.columns, max_rows, source.license or origin.license])
-    )
+    key = _key(json.dumps([1, content, origin.variant, source.columns, max_rows, source.license or origin.license]))
     target = cache_dir / "sources" / key
     with _locked(cache_dir / "locks" / key):
         if target.exists():
@@ -106,9 +102,7 @@ def _import(source: Source, cache_dir: Path, max_rows: int | None) -> Path:
     return target
 
 
-def _write(
-    source: Source, origin: _Origin, target: Path, max_rows: int | None, unchanged: Callable[[], bool]
-) -> None:
+def _write(source: Source, origin: _Origin, target: Path, max_rows: int | None, unchanged: Callable[[], bool]) -> None:
     roles: dict[str, str] = {}
 
     def choose(columns: Sequence[str]) -> Sequence[str]:
@@ -173,9 +167,7 @@ class _Checker:
         if self._by_name and not row.keys() <= self._usual:
             new = row.keys() - self._usual
             if stray := sorted(name for name in new if ROLE.fullmatch(name)):
-                raise ValueError(
-                    f"got a column {stray[0]!r} that the first row does not have; allowed: in all rows"
-                )
+                raise ValueError(f"got a column {stray[0]!r} that the first row does not have; allowed: in all rows")
             self._usual |= new
         return {role: self._value(role, column, row) for role, column in self._roles.items()}
 
@@ -284,9 +276,7 @@ def _open(source: Source) -> _Origin:
         if (path / MANIFEST).is_file():
             manifest = read_manifest(path)
             files = [path / shard.name for shard in manifest.shards]
-            return _Origin(
-                files, "shards", "row", lambda choose: readers.read_parquet(files, choose), manifest.license
-            )
+            return _Origin(files, "shards", "row", lambda choose: readers.read_parquet(files, choose), manifest.license)
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _dataset_origin(readers.open_saved(path, source.split), source)
         inside = ", ".join(sorted(item.name for item in path.iterdir())[:5]) or "nothing"
@@ -302,9 +292,7 @@ def _open(source: Source) -> _Origin:
     if suffix == ".parquet":
         return _Origin([path], suffix, "row", lambda choose: readers.read_parquet([path], choose))
     if suffix in (".csv", ".tsv"):
-        return _Origin(
-            [path], suffix, "line", lambda choose: readers.read_csv(path, choose), numbers_are_text=True
-        )
+        return _Origin([path], suffix, "line", lambda choose: readers.read_csv(path, choose), numbers_are_text=True)
     return _Origin([path], suffix, "line", lambda choose: readers.read_json_lines(path, choose))
 
 
@@ -320,13 +308,7 @@ def _must_exist(path: Path) -> None:
         return
     near = path.parent
     close = difflib.get_close_matches(path.name, [p.name for p in near.iterdir()], 1) if near.is_dir() else []
-    hint = (
-        f"; did you mean {near / close[0]}?"
-        if close
-        else ""
-        if near.is_dir()
-        else f"; there is no folder {near}"
-    )
+    hint = f"; did you mean {near / close[0]}?" if close else "" if near.is_dir() else f"; there is no folder {near}"
     raise UserError(f"{path}: no such file or folder{hint}")
 
 
@@ -370,8 +352,7 @@ def _said_in_one_line(source: Source, cache_dir: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"{source.name}: no space left for its copy in {cache_dir.absolute()}; free some or set "
-                "data.cache_dir"
+                f"{source.name}: no space left for its copy in {cache_dir.absolute()}; free some or set data.cache_dir"
             ) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"{error.filename or source.name}: no permission: {error.strerror}") from None

@@ -54,9 +54,7 @@ def shingles(tokens: Sequence[str]) -> frozenset[int]:
 
 def hash_of(text: str) -> int:
     """64 bits of BLAKE2b: the same in every process, unlike Python's `hash`."""
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
-    )
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def near_copies(

@@ -180,7 +180,7 @@ def _scalar(value: Any) -> str:
     """One scalar: plain where that is read back as the same value, else in double quotes with escapes."""
     if not isinstance(value, str):
         return json.dumps(value)
-    if re.fullmatch(r"[A-Za-z./][A-Za-z0-9_./+-]*", value) and True:
+    if re.fullmatch(r"[A-Za-z./][A-Za-z0-9_./+-]*", value) and _plain(value) == value:
         return value
     return re.sub(
         r"[^ -~\n]",

@@ -53,12 +53,8 @@ def unigram() -> PreTrainedTokenizerFast:
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=80, special_tokens=special, unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(
-        ["time year people way day man woman life world school, and more"] * 9, trainer
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=80, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(["time year people way day man woman life world school, and more"] * 9, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
@@ -89,20 +85,14 @@ def check(model: SentenceTransformer, folder: Path, facts: Any) -> Path:
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_bert(tmp_path: Path, minilm_folder: Path, pooling: str):
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder)
-    model = tiny_model(
-        tmp_path / "m", tokenizer, pooling, model_type="bert", max_position_embeddings=64, **SMALL
-    )
+    model = tiny_model(tmp_path / "m", tokenizer, pooling, model_type="bert", max_position_embeddings=64, **SMALL)
     prompts = {"query": "Represent this sentence for searching relevant passages: ", "document": ""}
-    check(
-        model, tmp_path, dataclasses.replace(FACTS, prompts=prompts, max_length={"query": 20, "document": 64})
-    )
+    check(model, tmp_path, dataclasses.replace(FACTS, prompts=prompts, max_length={"query": 20, "document": 64}))
 
 
 def test_qwen3_with_last_token_and_left_padding(tmp_path: Path):
     tokenizer = byte_level("<|endoftext|>", "<|pad|>", "left")
-    model = tiny_model(
-        tmp_path / "m", tokenizer, "lasttoken", model_type="qwen3", vocab_size=len(tokenizer), **QWEN
-    )
+    model = tiny_model(tmp_path / "m", tokenizer, "lasttoken", model_type="qwen3", vocab_size=len(tokenizer), **QWEN)
     prompts = {"query": "Instruct: Given a question, retrieve passages\nQuery:", "document": ""}
     bundle = check(
         model,
@@ -117,9 +107,7 @@ def test_qwen3_with_last_token_and_left_padding(tmp_path: Path):
 def test_qwen3_whose_tokenizer_adds_nothing(tmp_path: Path):
     """The empty text has no token there: no embedding to compare, zeros from the Encoder, never NaN."""
     tokenizer = byte_level(None, "<|pad|>", "left")
-    model = tiny_model(
-        tmp_path / "m", tokenizer, "lasttoken", model_type="qwen3", vocab_size=len(tokenizer), **QWEN
-    )
+    model = tiny_model(tmp_path / "m", tokenizer, "lasttoken", model_type="qwen3", vocab_size=len(tokenizer), **QWEN)
     bundle = check(model, tmp_path, FACTS)
     assert not Encoder(bundle).encode(["", "a"])[0].any()
 
@@ -133,9 +121,7 @@ def test_modernbert(tmp_path: Path):
         "max_position_embeddings": 256,
     }
     ends = {"cls_token_id": 0, "sep_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    settings |= (
-        SMALL | ends | {"num_hidden_layers": 4, "local_attention": 16, "global_attn_every_n_layers": 3}
-    )
+    settings |= SMALL | ends | {"num_hidden_layers": 4, "local_attention": 16, "global_attn_every_n_layers": 3}
     model = tiny_model(tmp_path / "m", tokenizer, "cls", model_type="modernbert", **settings)
     check(model, tmp_path, dataclasses.replace(FACTS, max_length={"query": 200, "document": 200}, dims=[16]))
 
@@ -157,9 +143,7 @@ def test_xlm_roberta(tmp_path: Path, pooling: str):
 @pytest.mark.slow
 def test_nomic_bert(tmp_path: Path, minilm_folder: Path):
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder)
-    model = tiny_model(
-        tmp_path / "m", tokenizer, "mean", model_type="nomic_bert", max_position_embeddings=128, **SMALL
-    )
+    model = tiny_model(tmp_path / "m", tokenizer, "mean", model_type="nomic_bert", max_position_embeddings=128, **SMALL)
     prompts = {"query": "search_query: ", "document": "search_document: "}
     check(
         model,
@@ -188,7 +172,5 @@ def test_further_encoders(tmp_path: Path, minilm_folder: Path, kind: str):
 @pytest.mark.parametrize("opset", [20, 21, 22, 23])
 def test_every_opset_that_a_run_file_allows(tmp_path: Path, minilm_folder: Path, opset: int):
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder)
-    model = tiny_model(
-        tmp_path / "m", tokenizer, "mean", model_type="bert", max_position_embeddings=64, **SMALL
-    )
+    model = tiny_model(tmp_path / "m", tokenizer, "mean", model_type="bert", max_position_embeddings=64, **SMALL)
     check(model, tmp_path, dataclasses.replace(FACTS, opset=opset))

@@ -59,9 +59,7 @@ def test_every_distinct_text_is_dealt_once_within_the_budget(
         found = list(zip(token.ravel()[dealt[real]].tolist(), counts[real].tolist(), strict=True))
         assert len(found) == len(expected) and dict(found) == expected
         assert (~real).sum() < world_size
-        role_lengths = (
-            length[here] if members.shape != (rows,) or is_role is not plan.is_anchor else length[:, 0]
-        )
+        role_lengths = length[here] if members.shape != (rows,) or is_role is not plan.is_anchor else length[:, 0]
         assert (length.ravel()[dealt[~real]] == role_lengths.min()).all()
     longest = [plan.lengths[:, m].max() for m in _micro_batches(plan)]
     assert longest == sorted(longest, reverse=True)
@@ -128,9 +126,7 @@ def test_targets_are_what_rows_say(
 def _lengths(rows: int, seed: int = 0) -> np.ndarray:
     """Short anchors and longer positives cut at 256 tokens, spread like docstrings and functions."""
     draw = np.random.default_rng(seed)
-    return np.stack(
-        [np.clip(draw.lognormal(mean, 0.8, rows), 4, 256).astype(np.int64) for mean in (2.8, 4.4)], axis=1
-    )
+    return np.stack([np.clip(draw.lognormal(mean, 0.8, rows), 4, 256).astype(np.int64) for mean in (2.8, 4.4)], axis=1)
 
 
 @pytest.mark.parametrize("budget", [300, 1000, 4096])

@@ -38,9 +38,7 @@ def function(i: int, summary: str = "") -> str:
     """A function of its own with enough tokens to be unlike the others."""
     draw = random.Random(i)
     names = [f"{draw.choice('abcdefgh')}{draw.randrange(10**6)}" for _ in range(6)]
-    body = "\n".join(
-        f"    {n} = {draw.choice(['sorted', 'len', 'sum'])}(x[{draw.randrange(99)}:])" for n in names
-    )
+    body = "\n".join(f"    {n} = {draw.choice(['sorted', 'len', 'sum'])}(x[{draw.randrange(99)}:])" for n in names)
     summary = summary or f"Compute the thing number {names[0]}."
     return f'def f{i}(x):\n    """{summary}"""\n{body}\n    return {names}\n'
 
@@ -68,26 +66,20 @@ def test_no_copy_of_held_out_code_survives_in_train(tmp_path):
         "commented": SHARED.format(summary="Another summary for the same code.").replace(
             "    total = 0.0\n", "    # a comment\n    total  =  0.0  # and another\n\n"
         ),
-        "renamed": SHARED.format(summary="Some summary of a renamed function.").replace(
-            "spread", "vendored_spread"
-        ),
-        "typed": SHARED.format(summary="Typed copy of the same function.").replace(
-            "values,", "values: list[float],"
-        ),
-        "near": SHARED.format(summary="Slightly changed copy of the function.").replace(
-            "abs(value)", "abs(value - 1)"
-        ),
+        "renamed": SHARED.format(summary="Some summary of a renamed function.").replace("spread", "vendored_spread"),
+        "typed": SHARED.format(summary="Typed copy of the same function.").replace("values,", "values: list[float],"),
+        "near": SHARED.format(summary="Slightly changed copy of the function.").replace("abs(value)", "abs(value - 1)"),
         "summary": function(900, "weight the  positive VALUES against the others."),
         "short": 'def last(self):\n    """Give the last of all items back."""\n    return self.items[-1]\n',
+        "short and typed": 'def last(self: "Items") -> int:\n    """Say which is last of all."""\n'
+        "    return self.items[-1]  # the last\n",
     }
     held = package(
         tmp_path,
         "held",
         {"a.py": plain + function(1) + copies["short"].replace("last", "end").replace("Give", "Hand")},
     )
-    train = package(
-        tmp_path, "train", {f"{name}.py": text for name, text in copies.items()} | {"own.py": function(2)}
-    )
+    train = package(tmp_path, "train", {f"{name}.py": text for name, text in copies.items()} | {"own.py": function(2)})
     card = make([train], [held], tmp_path / "out")
     assert names(tmp_path / "out/train") == {"f2"}
     assert names(tmp_path / "out/held_out") == {"spread", "f1", "end"}
@@ -132,15 +124,11 @@ def test_functions_without_use_are_counted_under_their_reason(tmp_path):
         "function longer than 300 characters": documented(turn, "return " + "x + " * 99 + "1"),
         "file does not decode or parse": "def a(:\n",
         "copy of another function": twice,
-        "copy but for name, comments and layout": function(6)
-        + function(6, "Again the same one.").replace("f6", "g"),
-        "summary of more than 3 functions": "".join(
-            function(i, "Do the same as others.") for i in range(100, 104)
-        ),
+        "copy but for name, comments and layout": function(6) + function(6, "Again the same one.").replace("f6", "g"),
+        "summary of more than 3 functions": "".join(function(i, "Do the same as others.") for i in range(100, 104)),
     }
-    latin = (
-        b"# coding: latin-1\n"
-        + 'def latin(x):\n    """Caf\u00e9 serves the value."""\n    return x + 41\n'.encode("latin-1")
+    latin = b"# coding: latin-1\n" + 'def latin(x):\n    """Caf\u00e9 serves the value."""\n    return x + 41\n'.encode(
+        "latin-1"
     )
     files: dict[str, str | bytes] = {f"m{i}.py": text for i, text in enumerate(cases.values())}
     junk = {
@@ -158,9 +146,8 @@ def test_functions_without_use_are_counted_under_their_reason(tmp_path):
         "summary of more than 3 functions": 4,
     }
     assert card["train"]["dropped"] == expected
-    assert names(tmp_path / "out/train") == {"latin", "f5", "f6", "f9"} | (
-        names(tmp_path / "out/train") & {"B.f5", "g"}
-    )
+    kept = names(tmp_path / "out/train")  # of two copies the draw says which stays
+    assert {"latin", "f9"} < kept and len(kept & {"f5", "B.f5"}) == len(kept & {"f6", "g"}) == 1
     assert card["train"]["rows"] == 4
     assert read_manifest(tmp_path / "out/train").dropped == expected
     assert any(row["anchor"].startswith("Caf\u00e9") for row in rows(tmp_path / "out/train"))
@@ -179,9 +166,7 @@ def test_every_function_of_the_standard_library_is_accounted_for():
         "_pydecimal.py",
     ):
         source = (Path(os.__file__).parent / module).read_text(encoding="utf-8")
-        defs = [
-            n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
-        ]
+        defs = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
         items = list(pairs_of(source, "stdlib", module))
         assert len(items) == len(defs)
         by_line = {n.lineno: n for n in defs}
@@ -263,9 +248,7 @@ def test_draws_depend_on_identity_and_seed_only():
 def test_the_same_installation_gives_the_same_rows(tmp_path):
     train = package(tmp_path, "train", {f"m{i}.py": function(i) for i in range(30)})
     held = package(tmp_path, "held", {"a.py": function(1000)})
-    cards = [
-        make([train], [held], tmp_path / f"o{i}", max_train=10, seed=seed) for i, seed in enumerate((7, 7, 8))
-    ]
+    cards = [make([train], [held], tmp_path / f"o{i}", max_train=10, seed=seed) for i, seed in enumerate((7, 7, 8))]
     prints = [card["train"]["fingerprint"] for card in cards]
     assert prints[0] == prints[1] != prints[2]
     assert cards[0]["train"]["dropped"]["not drawn"] == 20

@@ -98,9 +98,7 @@ def test_nothing_to_embed(minilm: Any) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=200), st.integers(1, 9), st.integers(1, 4000))
-def test_every_text_has_one_place_and_ranks_have_equal_work(
-    lengths: list[int], ranks: int, budget: int
-) -> None:
+def test_every_text_has_one_place_and_ranks_have_equal_work(lengths: list[int], ranks: int, budget: int) -> None:
     tokens = np.array(lengths)
     stripes = deal(tokens, ranks)
     assert set(stripes.ravel().tolist()) == set(range(len(tokens)))
@@ -118,9 +116,7 @@ def test_every_text_has_one_place_and_ranks_have_equal_work(
 def test_alternating_stripes_even_out_falling_lengths() -> None:
     tokens = np.arange(1, 401)
     per_rank = tokens[deal(tokens, 4)].sum(axis=0)
-    assert per_rank.tolist() == [20_050] * 4, (
-        "dealt in one direction, rank 0 would have 300 tokens more than rank 3"
-    )
+    assert per_rank.tolist() == [20_050] * 4, "dealt in one direction, rank 0 would have 300 tokens more than rank 3"
 
 
 def _rank(rank: int, folder: str, model_folder: str) -> None:
@@ -133,17 +129,13 @@ def _rank(rank: int, folder: str, model_folder: str) -> None:
     model[0].register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0]["input_ids"].shape)))
     world: Any = SimpleNamespace(rank=rank, world_size=2)
     for count, budget in ((38, 600), (37, 50), (1, 10_000)):  # odd and even numbers of distinct texts
-        got = embed(
-            model, texts(count), "document", prompt=None, max_length=None, batch_tokens=budget, world=world
-        )
+        got = embed(model, texts(count), "document", prompt=None, max_length=None, batch_tokens=budget, world=world)
         np.save(f"{folder}/{rank}-{count}.npy", got)
     np.save(f"{folder}/{rank}-shapes.npy", np.array(shapes))
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_share_the_work_and_both_get_everything(
-    minilm: Any, minilm_folder: Path, tmp_path: Path
-) -> None:
+def test_two_processes_share_the_work_and_both_get_everything(minilm: Any, minilm_folder: Path, tmp_path: Path) -> None:
     spawn(_rank, (str(tmp_path), str(minilm_folder)), nprocs=2)
     for count in (38, 37, 1):
         expected = minilm.encode(texts(count), normalize_embeddings=True)

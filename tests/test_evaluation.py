@@ -18,9 +18,7 @@ from trainer.metrics import METRICS, compare, holm, interval, score, search
 DIMS = (64, 32, 8)
 
 
-def problem(
-    queries: int = 40, documents: int = 300, seed: int = 0
-) -> tuple[RetrievalSet, np.ndarray, np.ndarray]:
+def problem(queries: int = 40, documents: int = 300, seed: int = 0) -> tuple[RetrievalSet, np.ndarray, np.ndarray]:
     """Random vectors in which a query lies near its 1 to 14 relevant documents, and not always nearest."""
     random = np.random.default_rng(seed)
     corpus = random.normal(size=(documents, 64)).astype(np.float32)
@@ -105,9 +103,7 @@ def test_a_real_model_scores_as_in_sentence_transformers(minilm: Any) -> None:
         )
     ]
     texts = retrieval_set([*rows, {"anchor": "make a user", "positive": "useradd manual"}])
-    asked, corpus = (
-        minilm.encode(part, normalize_embeddings=True) for part in (texts.queries, texts.documents)
-    )
+    asked, corpus = (minilm.encode(part, normalize_embeddings=True) for part in (texts.queries, texts.documents))
     for dim, scores in score(texts.relevant, asked, corpus, (384, 16)).items():
         expected = by_sentence_transformers(texts, minilm, dim)
         assert {n: v.mean() for n, v in scores.items()} == pytest.approx(expected, abs=1e-6)
@@ -115,10 +111,7 @@ def test_a_real_model_scores_as_in_sentence_transformers(minilm: Any) -> None:
 
 def test_search_is_exact_and_tiles_change_nothing() -> None:
     _, asked, corpus = problem(documents=500)
-    q, d = (
-        v[:, :32].astype(float) / np.linalg.norm(v[:, :32].astype(float), axis=1)[:, None]
-        for v in (asked, corpus)
-    )
+    q, d = (v[:, :32].astype(float) / np.linalg.norm(v[:, :32].astype(float), axis=1)[:, None] for v in (asked, corpus))
     expected = np.argsort(-(q @ d.T), axis=1)[:, :20]
     results = [search(asked, corpus, 20, 32, tile) for tile in (1, 19, 20, 64, 499, 10_000)]
     for index, cosines in results:
@@ -214,9 +207,7 @@ def test_comparison_equals_scipy(count: int) -> None:
     bounds = scipy.stats.bootstrap(
         (b - a,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
-    np.testing.assert_allclose(
-        [got.low[0], got.high[0]], bounds, atol=0.02 * (bounds.high - bounds.low) + 1e-3
-    )
+    np.testing.assert_allclose([got.low[0], got.high[0]], bounds, atol=0.02 * (bounds.high - bounds.low) + 1e-3)
     again = compare(a, b, seed=3)
     assert (got.low, got.high, got.p) == (again.low, again.high, again.p)
 
@@ -251,9 +242,7 @@ def test_holm() -> None:
 def test_evaluation_says_what_the_format_promises() -> None:
     texts, asked, corpus = problem()
     noise = np.random.default_rng(9).normal(scale=1.2, size=asked.shape).astype(np.float32)
-    evaluation, queries = evaluate(
-        texts, {"base": (asked + noise, corpus), "tuned": (asked, corpus)}, [8, 64, 32]
-    )
+    evaluation, queries = evaluate(texts, {"base": (asked + noise, corpus), "tuned": (asked, corpus)}, [8, 64, 32])
     evaluation = json.loads(json.dumps(evaluation, allow_nan=False))
     queries = json.loads(json.dumps(queries, allow_nan=False))
     assert len(evaluation["results"]) == 2 * 3 * len(METRICS)
@@ -286,9 +275,7 @@ def test_evaluation_says_what_the_format_promises() -> None:
     assert best["tuned"]["value"] == pytest.approx(expected)
     order, cosines = search(asked[i : i + 1], corpus, 3)
     assert [entry["document"] for entry in best["tuned"]["top"]] == [texts.documents[d] for d in order[0]]
-    assert [entry["relevant"] for entry in best["tuned"]["top"]] == [
-        d in texts.relevant[i] for d in order[0].tolist()
-    ]
+    assert [entry["relevant"] for entry in best["tuned"]["top"]] == [d in texts.relevant[i] for d in order[0].tolist()]
     assert [entry["cosine"] for entry in best["tuned"]["top"]] == cosines[0].tolist()
 
     lines = table(evaluation).splitlines()

@@ -107,9 +107,7 @@ def _st_gradient(model: nn.Module, batch: Batch, rows: slice, gather: bool) -> t
     return value.detach(), _gradient(model)
 
 
-def _our_gradient(
-    engine: Engine, model: nn.Module, batch: Batch, plan: Plan, kept: int = 0
-) -> tuple[Tensor, Tensor]:
+def _our_gradient(engine: Engine, model: nn.Module, batch: Batch, plan: Plan, kept: int = 0) -> tuple[Tensor, Tensor]:
     """Loss, mean over ranks, and gradient of one step."""
     model.zero_grad()
     outcome = GradCache(engine, OBJECTIVE, seed=1, kept=kept).step(plan, batch.features, step=5)
@@ -168,9 +166,7 @@ def _equal_to_st(rank: int, world_size: int) -> int:
             truths[batch] = _st_gradient(alone, batch, slice(None), gather=False)
             if rows % world_size == 0:
                 share = rows // world_size
-                value, gradient = _st_gradient(
-                    model, batch, slice(rank * share, (rank + 1) * share), gather=True
-                )
+                value, gradient = _st_gradient(model, batch, slice(rank * share, (rank + 1) * share), gather=True)
                 _equal((_mean(value), gradient), truths[batch], "ST against itself")
         plan = batch.plan(world_size, budget, apart=separate_roles)
         ours = _our_gradient(engine, model, batch, plan, kept)
@@ -308,10 +304,7 @@ def _counted(rank: int, world_size: int) -> list[dict[str, int]]:
 
         return counted
 
-    names = [
-        n
-        for n in ("all_gather_into_tensor", "all_gather", "reduce_scatter_tensor", "all_reduce", "broadcast")
-    ]
+    names = [n for n in ("all_gather_into_tensor", "all_gather", "reduce_scatter_tensor", "all_reduce", "broadcast")]
     for name in names:
         setattr(dist, name, counting(name))
     for batch, budget in itertools.product([Batch(12, 2, 500), Batch(8, 5, 500)], [30, 10**6]):

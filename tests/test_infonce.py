@@ -84,9 +84,7 @@ def test_equal_to_sentence_transformers(columns: int, dims: list[int], distinct:
     lengths = ids % 9 + 1
     for world_size, tile in ((1, None), (3, 4)):
         plan = make_plan(ids, ids, lengths, world_size=world_size, micro_batch_tokens=40, masks=False)
-        ours, da, dc, losses = _ours(
-            plan, ids, anchors, candidates, Objective(15.0, dims, weights), tile=tile
-        )
+        ours, da, dc, losses = _ours(plan, ids, anchors, candidates, Objective(15.0, dims, weights), tile=tile)
         assert abs(ours - value) < 1e-12 * abs(value)
         assert _distance(da, leaf[0].grad) < 1e-12 and _distance(dc, leaf[1].grad) < 1e-12  # type: ignore[arg-type]
         by_dim = torch.stack([loss.by_dim for loss in losses]).mean(0)

@@ -102,9 +102,7 @@ def test_a_recipe_parses_and_has_the_prompts_of_its_base_model(path: Path) -> No
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_docs_table_says_what_the_recipe_says(path: Path) -> None:
     config = read_run(path, [])
-    (line,) = [
-        x for x in (ROOT / "docs" / "recipes.md").read_text().splitlines() if x.startswith(f"| {path.name} |")
-    ]
+    (line,) = [x for x in (ROOT / "docs" / "recipes.md").read_text().splitlines() if x.startswith(f"| {path.name} |")]
     _, _, base, dims, lengths, _, fits, _ = [cell.strip() for cell in line.split("|")]
     assert base.split(" ")[0] == config.model.path
     assert [int(dim) for dim in dims.split()] == config.loss.dims
@@ -112,9 +110,7 @@ def test_the_docs_table_says_what_the_recipe_says(path: Path) -> None:
     source = config.data.sources[0]
     if source.hub:
         assert fits.startswith(source.hub.split(":")[0])
-        assert source.columns and fits.endswith(
-            f": {source.columns['anchor']} -> {source.columns['positive']}"
-        )
+        assert source.columns and fits.endswith(f": {source.columns['anchor']} -> {source.columns['positive']}")
 
 
 SLOW = pytest.mark.slow
@@ -160,9 +156,7 @@ def test_a_base_model_recipe_trains_exports_and_verifies(recipe: str, tmp_path: 
         alone = np.concatenate([encoder.encode([text], kind=kind) for text in texts])
         np.testing.assert_allclose(got, alone, atol=1e-5)
         prompted = [prompt + text for text in texts]
-        np.testing.assert_allclose(
-            got, tuned.encode(prompted, prompt="", normalize_embeddings=True), atol=1e-5
-        )
+        np.testing.assert_allclose(got, tuned.encode(prompted, prompt="", normalize_embeddings=True), atol=1e-5)
         np.testing.assert_allclose(got, _pooled(tuned, prompted, expected.pooling), atol=1e-5)
         assert np.abs(got - start.encode(prompted, prompt="", normalize_embeddings=True)).max() > 1e-3
         assert np.linalg.norm(got[0] - got[1]) > 1e-2  # the texts still count beside the prompt

@@ -101,9 +101,7 @@ def run_folder(folder: Path, shift: float = 0.8, queries: int = 120, text: str =
     }
     (folder / "run.json").write_text(json.dumps(run))
     (folder / "bundle").mkdir(exist_ok=True)
-    (folder / "bundle/manifest.json").write_text(
-        json.dumps({"pooling": "mean", "base_model": f"base {text}"})
-    )
+    (folder / "bundle/manifest.json").write_text(json.dumps({"pooling": "mean", "base_model": f"base {text}"}))
     return folder
 
 
@@ -174,24 +172,18 @@ def test_summary_follows_the_figures(tmp_path: Path, shift: float, says: str) ->
     words = Page(write_report(folder).read_text()).words
     assert says in words
     assert (
-        "some/model was fine-tuned on 12,345 rows of train plain, in 50 steps of 64 rows that took 4 min 5 s."
-        in words
+        "some/model was fine-tuned on 12,345 rows of train plain, in 50 steps of 64 rows that took 4 min 5 s." in words
     )
     evaluation = json.loads((folder / "evaluation.json").read_text())
     entry = next(e for e in evaluation["comparisons"] if e["dim"] == 32 and e["metric"] == "ndcg@10")
-    assert (
-        f"({entry['difference']:+.3f}, 95 % interval {entry['ci95'][0]:+.3f} to {entry['ci95'][1]:+.3f}"
-        in words
-    )
+    assert f"({entry['difference']:+.3f}, 95 % interval {entry['ci95'][0]:+.3f} to {entry['ci95'][1]:+.3f}" in words
     assert "120 held-out queries and 400 passages" in words
 
 
 def test_good_trade_needs_its_interval(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", shift=1.5)
     content = json.loads((folder / "evaluation.json").read_text())
-    full = next(
-        e for e in content["results"] if (e["model"], e["dim"], e["metric"]) == ("tuned", 32, "ndcg@10")
-    )
+    full = next(e for e in content["results"] if (e["model"], e["dim"], e["metric"]) == ("tuned", 32, "ndcg@10"))
 
     def words(low: float) -> str:
         for entry in content["tradeoffs"]:
@@ -204,9 +196,7 @@ def test_good_trade_needs_its_interval(tmp_path: Path) -> None:
 
 
 def test_few_queries_are_called_few(tmp_path: Path) -> None:
-    assert (
-        "30 queries are few" in Page(write_report(run_folder(tmp_path / "run", queries=30)).read_text()).words
-    )
+    assert "30 queries are few" in Page(write_report(run_folder(tmp_path / "run", queries=30)).read_text()).words
 
 
 @pytest.mark.parametrize(
@@ -235,15 +225,10 @@ def test_one_file_alone_makes_a_page(tmp_path: Path, name: str) -> None:
 
 
 def test_curves_of_a_long_restarted_run_with_nan(tmp_path: Path) -> None:
-    steps = [
-        {"step": step, "loss": float("nan") if step == 7 else 1.0}
-        for step in [*range(1, 90), *range(50, 50_000)]
-    ]
+    steps = [{"step": step, "loss": float("nan") if step == 7 else 1.0} for step in [*range(1, 90), *range(50, 50_000)]]
     steps[-1]["loss_by_dim"] = None
     steps[60]["loss"] = 1e9  # done again by the restart
-    (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps(step) + "\n" for step in steps) + '{"step": 50000, "lo'
-    )
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps) + '{"step": 50000, "lo')
     page = write_report(tmp_path).read_text()
     assert len(page) < 40_000
     assert "Loss: loss from 1 at step" in page, "only the last record of a step counts"

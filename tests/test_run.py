@@ -13,7 +13,27 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parent.parent
-WORDS = "sort list file open read write parse tree graph node edge sum mean model train text token vector index".split()
+WORDS = [
+    "sort",
+    "list",
+    "file",
+    "open",
+    "read",
+    "write",
+    "parse",
+    "tree",
+    "graph",
+    "node",
+    "edge",
+    "sum",
+    "mean",
+    "model",
+    "train",
+    "text",
+    "token",
+    "vector",
+    "index",
+]
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",

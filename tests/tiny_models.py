@@ -96,13 +96,9 @@ def bge_m3(folder: Path) -> Path:
     core.normalizer = normalizers.NFKC()
     core.pre_tokenizer = pre_tokenizers.Metaspace()
     core.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=400, special_tokens=special, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=400, special_tokens=special, unk_token="<unk>", show_progress=False)
     core.train_from_iterator(SENTENCES, trainer)
-    core.post_processor = processors.TemplateProcessing(
-        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
+    core.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     names = ["bos_token", "pad_token", "eos_token", "unk_token", "mask_token"]
     tokenizer = _fast(core, cls_token="<s>", sep_token="</s>", **dict(zip(names, special, strict=True)))
     config = XLMRobertaConfig(

@@ -148,9 +148,7 @@ def make_plan(
     )
 
 
-def _distinct(
-    token_ids: np.ndarray, lengths: np.ndarray, number: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _distinct(token_ids: np.ndarray, lengths: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the distinct texts, longest first, and for each given text which of them it is."""
     _, first, member = np.unique(token_ids, return_index=True, return_inverse=True)
     order = np.argsort(-lengths[first].astype(np.int64), kind="stable")

@@ -65,9 +65,7 @@ def chart(
         parts.append(_GRID.format(_LEFT, _WIDTH - _RIGHT, y, y))
         parts.append(_text(_LEFT - 6, y + 4, number(tick), "end"))
     names = (
-        list(enumerate(x_names))
-        if x_names
-        else [(t, number(t)) for t in _ticks(x_low, x_high) if x_low <= t <= x_high]
+        list(enumerate(x_names)) if x_names else [(t, number(t)) for t in _ticks(x_low, x_high) if x_low <= t <= x_high]
     )
     parts += [_text(at(x, y_low)[0], _HEIGHT - _BOTTOM + 17, name, "middle") for x, name in names]
     parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 5, x_label, "middle"))
@@ -101,9 +99,7 @@ def number(value: float) -> str:
 
 
 def _text(x: float, y: float, words: str, anchor: str) -> Markup:
-    return Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(
-        round(x, 1), round(y, 1), anchor, words
-    )
+    return Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(round(x, 1), round(y, 1), anchor, words)
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -96,9 +96,7 @@ def cuts(longest: np.ndarray, batch_tokens: int) -> Iterator[tuple[int, int]]:
             first = stripe
 
 
-def _lengths(
-    model: "SentenceTransformer", texts: list[str], arguments: dict[str, Any], world: "World"
-) -> np.ndarray:
+def _lengths(model: "SentenceTransformer", texts: list[str], arguments: dict[str, Any], world: "World") -> np.ndarray:
     """Tokens of each text after truncation, int64 [n]. All ranks must call: each measures its part."""
     import torch
 

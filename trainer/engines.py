@@ -55,9 +55,7 @@ class DDP:
     `no_sync` around the backwards instead is silently wrong (relative error 0.8 to 1.2).
     """
 
-    def __init__(
-        self, model: DistributedDataParallel, backward: Callable[[Tensor], None] = _call_backward
-    ) -> None:
+    def __init__(self, model: DistributedDataParallel, backward: Callable[[Tensor], None] = _call_backward) -> None:
         self._model = model
         self.backward = backward
 

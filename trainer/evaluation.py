@@ -106,9 +106,7 @@ def evaluate(
         assert len(queries) == len(retrieval.queries), name
         assert len(documents) == len(retrieval.documents), name
         if not dims or dims[-1] < 1 or dims[0] > queries.shape[1]:
-            raise UserError(
-                f"loss.dims: got {dims}, allowed: 1 to {queries.shape[1]}, the width of the {name} model"
-            )
+            raise UserError(f"loss.dims: got {dims}, allowed: 1 to {queries.shape[1]}, the width of the {name} model")
     scores = {
         name: metrics.score(retrieval.relevant, queries, documents, dims)
         for name, (queries, documents) in vectors.items()
@@ -199,9 +197,7 @@ def rows_by_dim(evaluation: dict[str, Any], metric: str, artifact: str = "pytorc
 
     def chosen(kind: str) -> list[dict[str, Any]]:
         return [
-            e
-            for e in evaluation.get(kind, [])
-            if e["metric"] == metric and e.get("artifact", artifact) == artifact
+            e for e in evaluation.get(kind, []) if e["metric"] == metric and e.get("artifact", artifact) == artifact
         ]
 
     results = {(entry["model"], entry["dim"]): entry for entry in chosen("results")}
@@ -280,8 +276,7 @@ def _examples(
         place = int(np.flatnonzero(chosen == i)[0])
         ranked = zip(*(part[place].tolist() for part in found[name]), strict=True)
         top = [
-            {"document": retrieval.documents[d], "cosine": c, "relevant": d in retrieval.relevant[i]}
-            for d, c in ranked
+            {"document": retrieval.documents[d], "cosine": c, "relevant": d in retrieval.relevant[i]} for d, c in ranked
         ]
         return {"value": float(scores[name][dim][MAIN_METRIC][i]), "top": top}
 

@@ -62,9 +62,7 @@ def _infonce(q: Tensor, c: Tensor, targets: Targets, objective: Objective, tile:
     dims = objective.dims
     assert list(dims) == sorted(set(dims), reverse=True) and dims[0] <= q.shape[1], dims
     segments = [slice(first, end) for first, end in zip([*dims[1:], 0], dims, strict=True)]
-    tile = min(
-        len(q), tile or max(16, _TILE_ELEMENTS.get(q.device.type, 1 << 22) // (len(c) * (len(dims) + 2)))
-    )
+    tile = min(len(q), tile or max(16, _TILE_ELEMENTS.get(q.device.type, 1 << 22) // (len(c) * (len(dims) + 2))))
     q_norm, c_norm = _prefix_norms(q, segments), _prefix_norms(c, segments)  # [dims, lines]
     q_radial, c_radial = torch.zeros_like(q_norm), torch.zeros_like(c_norm)  # sums of G_k * A_k
     dq, dc, by_dim = torch.zeros_like(q), torch.zeros_like(c), q.new_zeros(len(dims))
@@ -128,9 +126,7 @@ def _prefix_norms(x: Tensor, segments: list[slice]) -> Tensor:
     return squares.flip(0).cumsum(0).flip(0).sqrt().clamp_min(_EPS)
 
 
-def _take_off_radial(
-    gradient: Tensor, x: Tensor, norm: Tensor, radial: Tensor, segments: list[slice]
-) -> None:
+def _take_off_radial(gradient: Tensor, x: Tensor, norm: Tensor, radial: Tensor, segments: list[slice]) -> None:
     """Take off the gradient along each prefix: a cosine ignores its length. A clamped norm is a constant."""
     share = torch.where(norm > _EPS, radial / norm.square(), 0).cumsum(0)  # over this and all larger dims
     for k, segment in enumerate(segments):

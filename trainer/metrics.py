@@ -52,9 +52,7 @@ def search(
             rows = slice(row, row + _QUERY_TILE)
             scores = np.concatenate([best[rows], grid[rows] @ part.T], axis=1)
             fresh = np.broadcast_to(np.arange(start, start + len(part)), (len(scores), len(part)))
-            new_best[rows], new_index[rows] = _top(
-                scores, np.concatenate([index[rows], fresh], axis=1), width
-            )
+            new_best[rows], new_index[rows] = _top(scores, np.concatenate([index[rows], fresh], axis=1), width)
         best, index = new_best, new_index
     order = np.lexsort((index, -best), axis=-1)
     return np.take_along_axis(index, order, 1), np.take_along_axis(best, order, 1)
@@ -81,10 +79,7 @@ def score(
             for i, docs in enumerate(ranking)
         }
         judged = judge.evaluate(run)
-        values = {
-            name: np.array([judged[str(i)][trec] for i in range(len(relevant))])
-            for name, trec in _TREC.items()
-        }
+        values = {name: np.array([judged[str(i)][trec] for i in range(len(relevant))]) for name, trec in _TREC.items()}
         # Reciprocal rank has no cut in trec_eval: 1/11 and less is beyond place 10.
         values["mrr@10"][values["mrr@10"] < 1 / 10.5] = 0.0
         scores[dim] = values
@@ -121,9 +116,7 @@ def compare(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Comparison:
     return Comparison(observed, low, high, p)
 
 
-def interval(
-    values: np.ndarray, least: float = 0.0, most: float = 1.0, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def interval(values: np.ndarray, least: float = 0.0, most: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """95 % interval of each column's mean, [q, m] -> low, high [m]: percentile bootstrap, 10,000 times.
 
     One query says nothing about others: then the interval is all that is possible, [least, most].

@@ -52,9 +52,7 @@ def write_report(run_dir: Path) -> Path:
 
     found, notes = _read(run_dir)
     if not found:
-        raise UserError(
-            f"report: {run_dir} holds none of {', '.join(_INPUTS)}; give a run's folder: runs/demo"
-        )
+        raise UserError(f"report: {run_dir} holds none of {', '.join(_INPUTS)}; give a run's folder: runs/demo")
     folder = Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -168,9 +166,7 @@ def _quality_words(evaluation: dict[str, Any], rows: list[dict[str, Any]]) -> li
     setting = f"over {any_result['queries']:,} held-out queries and {any_result['documents']:,} passages"
     if full["difference"] is None:
         one = full["tuned"] or full["base"]
-        return [
-            f"{_LABEL} at {full['dim']} dims is {one['value']:.3f} {setting}; there is nothing to compare."
-        ]
+        return [f"{_LABEL} at {full['dim']} dims is {one['value']:.3f} {setting}; there is nothing to compare."]
     low, high = full["ci95"]
     sure = full["p_holm"] < 0.05
     if sure and low > 0:
@@ -194,9 +190,7 @@ def _quality_words(evaluation: dict[str, Any], rows: list[dict[str, Any]]) -> li
 def _trade_words(rows: list[dict[str, Any]]) -> str:
     full = rows[0]["tuned"]["value"]
     good = [
-        row
-        for row in rows[1:]
-        if row["tradeoff"] and full > 0 and full + row["tradeoff"]["ci95"][0] >= _KEEPS * full
+        row for row in rows[1:] if row["tradeoff"] and full > 0 and full + row["tradeoff"]["ci95"][0] >= _KEEPS * full
     ]
     if not good:
         return f"No smaller dim surely keeps {100 * _KEEPS:.0f} % of the full width's {_LABEL}."

@@ -30,9 +30,7 @@ _PACKAGES = (
 )
 
 
-def start_record(
-    config: RunConfig, argv: list[str], world: World, data: list[dict[str, Any]]
-) -> dict[str, Any]:
+def start_record(config: RunConfig, argv: list[str], world: World, data: list[dict[str, Any]]) -> dict[str, Any]:
     """The record of a run that begins now."""
     return {
         "run_id": uuid.uuid4().hex,
@@ -72,9 +70,7 @@ def _versions() -> dict[str, str]:
 def _devices(world: World) -> list[str]:
     if torch.cuda.is_available():
         return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return [
-        f"CPU {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads per process"
-    ]
+    return [f"CPU {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads per process"]
 
 
 def _git(folder: Path) -> dict[str, Any]:

@@ -181,9 +181,7 @@ def _one_length(folder: Path, tokenizer: Any, longest: int) -> None:
     path = folder / "sentence_bert_config.json"
     write_json(path, json.loads(path.read_text("utf-8")) | {"max_seq_length": longest})
     # transformers 5 no longer writes this file, fastembed reads it.
-    write_json(
-        folder / "special_tokens_map.json", {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
-    )
+    write_json(folder / "special_tokens_map.json", {k: str(v) for k, v in tokenizer.special_tokens_map.items()})
 
 
 def _check_lengths(model: SentenceTransformer, max_length: dict[str, int]) -> None:
@@ -204,7 +202,5 @@ def position_limit(model: SentenceTransformer) -> int | None:
     if not isinstance(positions, int) or positions < 2:
         return None
     # RoBERTa's family counts positions from padding_idx + 1, so its table holds that many fewer.
-    offsets = [
-        getattr(getattr(m, "position_embeddings", None), "padding_idx", None) for m in encoder.modules()
-    ]
+    offsets = [getattr(getattr(m, "position_embeddings", None), "padding_idx", None) for m in encoder.modules()]
     return positions - max((offset + 1 for offset in offsets if isinstance(offset, int)), default=0)

@@ -27,9 +27,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="nestling export", description="Write the ONNX bundle of a model.")
     parser.add_argument("source", help="run directory, model folder, hub name or package:PACKAGE/FOLDER")
     parser.add_argument("--out", type=Path, help="new folder (default: bundle/ in the run directory)")
-    parser.add_argument(
-        "--opset", type=int, choices=_OPSETS, help="ONNX operator set (default: the run's, or 18)"
-    )
+    parser.add_argument("--opset", type=int, choices=_OPSETS, help="ONNX operator set (default: the run's, or 18)")
     parser.add_argument("--dims", type=int, nargs="+", help="dims that users may cut to (default: the run's)")
     arguments = parser.parse_args(argv)
     run_dir = Path(arguments.source)
@@ -38,9 +36,7 @@ def main(argv: Sequence[str]) -> int:
         export_run(run_dir, out, arguments.opset, dims=arguments.dims)
     else:
         if arguments.out is None:
-            raise UserError(
-                "--out: missing; a model that is no run needs --out DIR, a folder that does not exist yet"
-            )
+            raise UserError("--out: missing; a model that is no run needs --out DIR, a folder that does not exist yet")
         out = arguments.out
         export_model(arguments.source, out, arguments.opset or 18, arguments.dims or [])
     print(f"bundle: {out}")
@@ -64,9 +60,7 @@ def export_run(
     if model is None:
         if not (run_dir / "model").is_dir():
             raise UserError(f"{run_dir}: has no model/ yet; finish the run first, or give a model folder")
-        own = settings.model.model_copy(
-            update={"path": str(run_dir / "model"), "revision": None, "pooling": None}
-        )
+        own = settings.model.model_copy(update={"path": str(run_dir / "model"), "revision": None, "pooling": None})
         model = _load(own)
     evaluation = run_dir / "evaluation.json"
     exported = settings.export or schema.Export()
@@ -77,10 +71,7 @@ def export_run(
         license=exported.license,
         run_id=record["run_id"],
         dims=dims or settings.loss.dims or [],
-        data=[
-            {k: source.get(k) for k in ("name", "fingerprint", "rows", "license")}
-            for source in record["data"]
-        ],
+        data=[{k: source.get(k) for k in ("name", "fingerprint", "rows", "license")} for source in record["data"]],
         metrics=_json(evaluation)["results"] if evaluation.is_file() else [],
         opset=opset or exported.opset,
         versions=record.get("versions", {}),
@@ -127,9 +118,7 @@ def _publish(
         if length is None or length > 2**31 - 1:
             length = position_limit(model)
         if length is None:
-            raise UserError(
-                "model.max_seq_length: neither tokenizer nor encoder names a longest input; set it"
-            )
+            raise UserError("model.max_seq_length: neither tokenizer nor encoder names a longest input; set it")
         lengths[role] = min(length, position_limit(model) or length)
     facts = BundleFacts(
         base_model=base.path,

@@ -43,9 +43,7 @@ class Encoder:
             options.intra_op_num_threads = threads
         name = manifest["onnx"][precision]
         try:
-            self._session = onnxruntime.InferenceSession(
-                root / name, options, providers=["CPUExecutionProvider"]
-            )
+            self._session = onnxruntime.InferenceSession(root / name, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has an exception class of its own per error code
             raise CheckFailed(f"{name}: onnxruntime cannot load it: {first_line(error)}") from None
         self._inputs = [item.name for item in self._session.get_inputs()]
@@ -142,21 +140,14 @@ def read_manifest(root: Path) -> dict[str, Any]:
     width = manifest.get("width")
     sound = {
         "width": _is_count(width),
-        "dims": _all(
-            manifest.get("dims"), list, lambda dim: _is_count(dim) and _is_count(width) and dim <= width
-        ),
+        "dims": _all(manifest.get("dims"), list, lambda dim: _is_count(dim) and _is_count(width) and dim <= width),
         "prompts": _by_kind(manifest.get("prompts"), lambda prompt: isinstance(prompt, str)),
-        "max_length": _by_kind(
-            manifest.get("max_length"), lambda length: _is_count(length) and 2 <= length < 2**31
-        ),
+        "max_length": _by_kind(manifest.get("max_length"), lambda length: _is_count(length) and 2 <= length < 2**31),
         "onnx": _all(manifest.get("onnx"), dict, is_safe_name),
         "tokenizer": isinstance(manifest.get("tokenizer"), dict)
         and type(manifest["tokenizer"].get("pad_id")) is int
         and 0 <= manifest["tokenizer"]["pad_id"] < 2**31
-        and all(
-            manifest["tokenizer"].get(side) in ("left", "right")
-            for side in ("padding_side", "truncation_side")
-        ),
+        and all(manifest["tokenizer"].get(side) in ("left", "right") for side in ("padding_side", "truncation_side")),
         "files": _all(manifest.get("files"), dict, _is_file_entry),
     }
     for name, holds in sound.items():

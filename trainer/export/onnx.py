@@ -33,9 +33,7 @@ OUTPUTS = ("token_embeddings", "sentence_embedding")
 EXTERNAL_ABOVE = 2**31 - 2**26
 
 
-def export_onnx(
-    model: SentenceTransformer, path: Path, opset: int, external_above: int = EXTERNAL_ABOVE
-) -> None:
+def export_onnx(model: SentenceTransformer, path: Path, opset: int, external_above: int = EXTERNAL_ABOVE) -> None:
     """Write `model` to `path` as ONNX, weights of more than `external_above` bytes beside it (`<name>_data`).
 
     Inputs are int64 [batch, sequence]: input_ids, attention_mask and, where tokenizer and encoder know them,
@@ -88,14 +86,11 @@ def check_exportable(model: SentenceTransformer) -> None:
         raise UserError(f"export: module 0 is {type(encoder).__name__}, allowed: Transformer")
     if set(encoder.modality_config) != {"text"} or encoder.modality_config["text"]["method"] != "forward":
         raise UserError(
-            f"export: module 0 (Transformer) takes {', '.join(map(str, encoder.modality_config))}, "
-            "allowed: plain text"
+            f"export: module 0 (Transformer) takes {', '.join(map(str, encoder.modality_config))}, allowed: plain text"
         )
     if encoder.query_expansion is not None:
         raise UserError("export: module 0 (Transformer) expands queries, allowed: query_expansion null")
-    if getattr(encoder.auto_model, "_hf_peft_config_loaded", False) or hasattr(
-        encoder.auto_model, "peft_config"
-    ):
+    if getattr(encoder.auto_model, "_hf_peft_config_loaded", False) or hasattr(encoder.auto_model, "peft_config"):
         raise UserError("export: module 0 (Transformer) holds an adapter; merge it into the weights first")
     if encoder.tokenizer is None or not encoder.tokenizer.is_fast:
         raise UserError("export: the tokenizer has no tokenizer.json form, allowed: fast tokenizers")

@@ -73,15 +73,11 @@ def check_parity(model: SentenceTransformer, folder: Path, dims: list[int]) -> d
     }
 
 
-def _graph_cases(
-    model: SentenceTransformer, encoder: Encoder, worst: dict[int, float]
-) -> list[dict[str, Any]]:
+def _graph_cases(model: SentenceTransformer, encoder: Encoder, worst: dict[int, float]) -> list[dict[str, Any]]:
     import torch
 
     longest = max(encoder.max_length.values())
-    ids, types = encoder.tokenize(
-        [TEXTS["100,000 characters"]], max(KINDS, key=encoder.max_length.__getitem__)
-    )[0]
+    ids, types = encoder.tokenize([TEXTS["100,000 characters"]], max(KINDS, key=encoder.max_length.__getitem__))[0]
     batches = {f"length {length}": [length] for length in (*LENGTHS, longest) if length <= longest}
     batches["batch of 7"] = [min(length, longest) for length in (128, 1, 2, 7, 31, 3, 64)]
     batches["batch of 32"] = [min(1 + row * 11 % 32, longest) for row in range(32)]
@@ -101,15 +97,11 @@ def _graph_cases(
         hidden = float(np.abs(got_tokens[mask] - expected_tokens).max()) / scale
         if not hidden <= BOUND:
             raise _failed(name, "token_embeddings", hidden)
-        cases.append(
-            {"case": name, "max_abs": _rounded(difference), "token_embeddings_max_rel": _rounded(hidden)}
-        )
+        cases.append({"case": name, "max_abs": _rounded(difference), "token_embeddings_max_rel": _rounded(hidden)})
     return cases
 
 
-def _text_cases(
-    model: SentenceTransformer, encoder: Encoder, worst: dict[int, float]
-) -> list[dict[str, Any]]:
+def _text_cases(model: SentenceTransformer, encoder: Encoder, worst: dict[int, float]) -> list[dict[str, Any]]:
     cases = []
     for kind in KINDS:
         tokens = dict(zip(TEXTS, encoder.tokenize(list(TEXTS.values()), kind), strict=True))
@@ -124,9 +116,7 @@ def _text_cases(
         for name in names:
             got = encoder.encode([TEXTS[name]], kind=kind)
             difference = _compare(f"{kind}, {name}", got, alone[name][None], worst)
-            cases.append(
-                {"case": f"{kind}, {name}", "tokens": len(tokens[name][0]), "max_abs": _rounded(difference)}
-            )
+            cases.append({"case": f"{kind}, {name}", "tokens": len(tokens[name][0]), "max_abs": _rounded(difference)})
         short = [name for name in names if len(tokens[name][0]) <= _TOGETHER]
         got = encoder.encode([TEXTS[name] for name in short], kind=kind, batch_tokens=1 << 30)
         difference = _compare(f"{kind}, all together", got, np.stack([alone[name] for name in short]), worst)
@@ -141,9 +131,7 @@ def _reference(model: SentenceTransformer, texts: list[str], kind: str) -> np.nd
     return truncate(np.asarray(vectors, np.float32), vectors.shape[1])
 
 
-def _same_tokens(
-    model: SentenceTransformer, name: str, kind: str, ids: np.ndarray, types: np.ndarray
-) -> None:
+def _same_tokens(model: SentenceTransformer, name: str, kind: str, ids: np.ndarray, types: np.ndarray) -> None:
     features = model.preprocess([TEXTS[name]], prompt=model.prompts.get(kind) or None, task=kind)
     expected = features["input_ids"][0].numpy()
     same = np.array_equal(ids, expected)

@@ -108,9 +108,7 @@ def _seal_problems(root: Path) -> list[str]:
 def _file_problems(root: Path, manifest: dict[str, Any], report: Report) -> list[str]:
     listed = manifest["files"]
     problems = [
-        f"{name!r}: path leaves the folder or is not in plain form"
-        for name in listed
-        if not is_safe_name(name)
+        f"{name!r}: path leaves the folder or is not in plain form" for name in listed if not is_safe_name(name)
     ]
     needed = {*manifest["onnx"].values(), TOKENIZER, PARITY} - set(listed)
     problems += [f"{name}: not in {MANIFEST}, but needed" for name in sorted(needed)]
@@ -122,9 +120,7 @@ def _file_problems(root: Path, manifest: dict[str, Any], report: Report) -> list
         if not os.path.realpath(path).startswith(inside):
             problems.append(f"{name}: leaves the folder through a link")
         elif not path.is_file():
-            problems.append(
-                f"{name}: missing" if not os.path.lexists(path) else f"{name}: not a regular file"
-            )
+            problems.append(f"{name}: missing" if not os.path.lexists(path) else f"{name}: not a regular file")
         elif (size := path.stat().st_size) != entry["bytes"]:
             problems.append(f"{name}: {size} bytes, {MANIFEST} says {entry['bytes']}")
         elif _sha256(path) != entry["sha256"]:
@@ -263,12 +259,9 @@ def main(argv: Sequence[str]) -> int:
     if report.problems:
         print(f"{report.folder}: {len(report.problems)} problems in {report.seconds:.1f} s")
         return EXIT_CHECK
+    print(f"files       {report.files}, {report.bytes:,} bytes, every sha256 holds, none outside the manifest")
     print(
-        f"files       {report.files}, {report.bytes:,} bytes, every sha256 holds, none outside the manifest"
-    )
-    print(
-        f"embeddings  {report.golden_texts} texts, max difference {report.golden_max_abs:.1e}, "
-        f"bound {GOLDEN_BOUND:.0e}"
+        f"embeddings  {report.golden_texts} texts, max difference {report.golden_max_abs:.1e}, bound {GOLDEN_BOUND:.0e}"
     )
     print(f"dims        {', '.join(map(str, report.dims))}")
     print(f"ok          {report.folder}, {report.seconds:.1f} s, torch not imported")
