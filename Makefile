@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test test-all test-gpu check bench deepspeed clean help
+.PHONY: demo test test-all test-slice test-gpu check bench deepspeed clean help
 
 help:
 	@echo "make demo      data, training in 2 processes, evaluation, ONNX bundle, report (about 12 minutes on 2 cores)"
@@ -46,6 +46,9 @@ test: .venv/dev.stamp
 
 test-all: .venv/dev.stamp
 	$(BIN)/python -m pytest -m "not gpu" --durations=20
+
+test-slice: .venv/dev.stamp
+	$(BIN)/python -m tests.slice
 
 test-gpu: .venv/dev.stamp
 	$(BIN)/python -m pytest -m gpu

@@ -137,9 +137,9 @@ def _write(source: Source, origin: _Origin, target: Path, max_rows: int | None, 
             if not bad:
                 writer.write(values)
         if bad:
-            raise UserError(
-                "\n".join([*lines, f"{source.name}: {bad:,} of {read:,} rows are bad; nothing is imported"])
-            )
+            if bad > 1:  # one bad row is one line
+                lines.append(f"{source.name}: {bad:,} of {read:,} rows are bad; nothing is imported")
+            raise UserError("\n".join(lines))
         if not unchanged():
             raise UserError(f"{source.name}: changed while it was read; run again when nothing writes to it")
 

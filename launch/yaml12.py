@@ -180,7 +180,8 @@ def _scalar(value: Any) -> str:
     """One scalar: plain where that is read back as the same value, else in double quotes with escapes."""
     if not isinstance(value, str):
         return json.dumps(value)
-    if re.fullmatch(r"[A-Za-z./][A-Za-z0-9_./+-]*", value) and _plain(value) == value:
+    number_or_word = value in WORDS or INTEGER.fullmatch(value) or FLOAT.fullmatch(value)
+    if re.fullmatch(r"\.{0,2}/?[A-Za-z][A-Za-z0-9_./+-]*", value) and not number_or_word:
         return value
     return re.sub(
         r"[^ -~\n]",

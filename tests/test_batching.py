@@ -159,7 +159,7 @@ def test_little_is_padded_and_ranks_have_equal_tokens(world_size: int, budget: i
     tokens = np.array([plan.tokens(rank) for rank in range(world_size)])
     assert tokens[:, 0].sum() == length.sum()
     assert tokens[:, 1].sum() <= most * length.sum()
-    assert np.ptp(tokens[:, 0]) <= 256
+    assert np.ptp(tokens[:, 0]) <= 64  # about 200 where the direction does not alternate
 
 
 def test_65536_pairs_on_8_ranks_are_planned_in_half_a_second() -> None:

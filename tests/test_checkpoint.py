@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent: `python -m pytest tests/test_checkpoint.py`."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ def _write(run_dir: Path, step: int) -> Path:
     partial = checkpoint.partial_of(run_dir, step)
     (partial / "sub").mkdir()
     (partial / "model.safetensors").write_bytes(random.Random(step).randbytes(5000))
-    (partial / "sub" / "state.json").write_text('{"step": %d}' % step)
+    (partial / "sub" / "state.json").write_text(json.dumps({"step": step}))
     final = checkpoint.folder_of(run_dir, step)
     checkpoint.publish(partial, final, {"step": step})
     return final

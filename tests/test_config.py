@@ -260,7 +260,7 @@ _NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st
 _VALUES = st.recursive(_TEXT | _WORDS | _NUMBERS, lambda v: st.lists(v) | st.dictionaries(_TEXT, v), max_leaves=6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.dictionaries(_TEXT | _WORDS, _VALUES),
     _TEXT | _WORDS,

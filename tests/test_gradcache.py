@@ -304,7 +304,7 @@ def _counted(rank: int, world_size: int) -> list[dict[str, int]]:
 
         return counted
 
-    names = [n for n in ("all_gather_into_tensor", "all_gather", "reduce_scatter_tensor", "all_reduce", "broadcast")]
+    names = [n for n in ("all_gather_single", "all_gather", "reduce_scatter_single", "all_reduce", "broadcast")]
     for name in names:
         setattr(dist, name, counting(name))
     for batch, budget in itertools.product([Batch(12, 2, 500), Batch(8, 5, 500)], [30, 10**6]):
@@ -314,7 +314,7 @@ def _counted(rank: int, world_size: int) -> list[dict[str, int]]:
 
 
 def test_a_step_has_one_gather_one_scatter_and_one_agreement() -> None:
-    once = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_reduce": 1}
+    once = {"all_gather_single": 1, "reduce_scatter_single": 1, "all_reduce": 1}
     assert run(_counted, 2, 2) == [[once] * 4] * 2
 
 

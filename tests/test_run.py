@@ -13,27 +13,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parent.parent
-WORDS = [
-    "sort",
-    "list",
-    "file",
-    "open",
-    "read",
-    "write",
-    "parse",
-    "tree",
-    "graph",
-    "node",
-    "edge",
-    "sum",
-    "mean",
-    "model",
-    "train",
-    "text",
-    "token",
-    "vector",
-    "index",
-]
+WORDS = ("sort", "list", "file", "open", "read", "write", "parse", "tree", "graph", "node", "edge", "sum", "mean")
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -197,12 +177,12 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    code, out, err = _finish(_start(str(run_file)))
+    code, _, err = _finish(_start(str(run_file)))
     first.kill()
     first.communicate()
     assert code == 2
     assert "is in use by a run that is going on" in err
-    code, out, err = _finish(_start(str(run_file), "train.learning_rate=1e-3"))
+    code, _, err = _finish(_start(str(run_file), "train.learning_rate=1e-3"))
     assert code == 2
     assert "train.learning_rate" in err
 
@@ -210,7 +190,7 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("launcher", ["--cpu --num_processes 2", "--num_processes 2 --cpu --mixed_precision no"])
 def test_two_processes_asked_for_and_one_got(tmp_path: Path, launcher: str) -> None:
     run_file = _run_file(tmp_path)
-    code, out, err = _finish(_start(str(run_file), launcher=launcher))
+    code, _, err = _finish(_start(str(run_file), launcher=launcher))
     assert code != 0
     assert "nestling: " in err
     assert "configs/accelerate/cpu.yaml" in err

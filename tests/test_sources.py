@@ -254,9 +254,8 @@ def test_a_bad_row_is_told_with_its_line(tmp_path, name, line, says):
     good = [b'{"anchor": "a", "positive": "b"}'] * 2 if name == "b.jsonl" else [b"anchor,positive", b"a,b"]
     after = good[1]
     (tmp_path / name).write_bytes(b"\n".join([*good, line, after]) + b"\n")
-    told = refused(tmp_path / name, lines=2)
+    told = refused(tmp_path / name, lines=1)
     assert re.search(says, told[0]), told
-    assert f"1 of {4 if name == 'b.jsonl' else 3} rows are bad; nothing is imported" in told[1]
 
 
 @pytest.mark.parametrize(
@@ -275,7 +274,7 @@ def test_a_bad_row_is_told_with_its_line(tmp_path, name, line, says):
 )
 def test_bad_numbers(tmp_path, column, good, bad, says):
     (tmp_path / "n.jsonl").write_text("".join(f'{{"anchor": "a", "{column}": {v}}}\n' for v in (good, bad)))
-    told = refused(tmp_path / "n.jsonl", lines=2)
+    told = refused(tmp_path / "n.jsonl")
     assert told[0].startswith(f"{tmp_path / 'n.jsonl'}:2: {column}: got ") and says in told[0]
 
 
@@ -287,13 +286,13 @@ def test_five_bad_rows_are_shown_and_all_counted(tmp_path):
     told = refused(write(tmp_path / "m.parquet", rows), lines=6)
     assert "m.parquet: row 13: anchor: got ''" in told[4]
     # a first line that is no row hides nothing of what follows
-    (tmp_path / "f.jsonl").write_text('{\x01\n{"anchor": "a", "positive": "b"}\n')
-    assert "1 of 2 rows" in refused(tmp_path / "f.jsonl", lines=2)[1]
+    (tmp_path / "f.jsonl").write_text('{\x01\n{"anchor": "a", "positive": "b"}\n{"anchor": "", "positive": "b"}\n')
+    assert "2 of 3 rows" in refused(tmp_path / "f.jsonl", lines=3)[2]
 
 
 def test_lines_are_counted_through_fields_with_line_breaks(tmp_path):
     (tmp_path / "l.csv").write_text('anchor,positive\n"a\n\nb",c\n\nd,\n')
-    assert ":6: positive: got ''" in refused(tmp_path / "l.csv", lines=2)[0]
+    assert ":6: positive: got ''" in refused(tmp_path / "l.csv")[0]
 
 
 def test_a_parquet_file_cut_short_or_damaged_inside(tmp_path):

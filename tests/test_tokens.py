@@ -15,7 +15,8 @@ from launch.errors import UserError
 from trainer.tokens import Padder, TokenCache, text_id, token_cache
 
 TEXTS = [
-    "plain words", "", "  spaced   out ", "Größe – naïve café", "日本語のテキスト", "שלום עולם", "🙂 emoji 👩‍🔬", "a" * 5000,
+    "plain words", "", "  spaced   out ", "Größe – naïve café",
+    "日本語のテキスト", "שלום עולם", "🙂 emoji 👩‍🔬", "a" * 5000,
     "def f(x):\n\treturn x", "\x00control\x07", "word " * 700,
 ]  # fmt: skip
 

@@ -174,12 +174,12 @@ def test_garbage_manifests_give_one_line(bundle: Path, content: bytes):
 
 
 FIELDS: list[tuple[str, Any]] = [
-    ("width", -1), ("width", True), ("width", "32"), ("width", 31), ("dims", []),
-    ("dims", [64]), ("dims", [0]), ("dims", "32"), ("prompts", {"query": ""}), ("prompts", {"query": 1, "document": ""}),
-    ("onnx", {}),    ("max_length", {"query": 10**30, "document": 9}), ("max_length", {"query": 1, "document": 9}),
+    ("width", -1), ("width", True), ("width", "32"), ("width", 31), ("dims", []), ("dims", [64]), ("dims", [0]),
+    ("dims", "32"), ("prompts", {"query": ""}), ("prompts", {"query": 1, "document": ""}), ("onnx", {}),
+    ("max_length", {"query": 10**30, "document": 9}), ("max_length", {"query": 1, "document": 9}),
     ("max_length", {"query": 3, "document": 3}), ("prompts", {"query": "other", "document": "other"}),
-    ("tokenizer", {"pad_id": 10**9, "padding_side": "right", "truncation_side": "right"}),
-    ("tokenizer", None), ("onnx", {"fp32": "tokenizer.json"}), ("files", {}), ("files", {"config.json": 3}),
+    ("tokenizer", {"pad_id": 10**9, "padding_side": "right", "truncation_side": "right"}), ("tokenizer", None),
+    ("onnx", {"fp32": "tokenizer.json"}), ("files", {}), ("files", {"config.json": 3}),
 ]  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def gather_candidates(local: Tensor, flag: bool) -> tuple[Tensor, bool]:
     lines, width = local.shape
     sent = torch.cat([local, local.new_full((1, width), float(flag))])
     received = local.new_empty(size * (lines + 1), width)
-    dist.all_gather_into_tensor(received, sent)
+    dist.all_gather_single(received, sent)
     by_rank = received.view(size, lines + 1, width)
     return by_rank[:, :lines].reshape(size * lines, width), bool(by_rank[:, lines, 0].any())
 
@@ -43,7 +43,7 @@ def scatter_gradient(gradient: Tensor) -> Tensor:
     if size == 1:
         return gradient
     home = gradient.new_empty(len(gradient) // size, gradient.shape[1])
-    dist.reduce_scatter_tensor(home, gradient)
+    dist.reduce_scatter_single(home, gradient)
     return home
 
 

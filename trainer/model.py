@@ -4,11 +4,11 @@ Roles have names throughout: `query` is what an anchor is, `document` what posit
 """
 
 import json
-from pathlib import Path
 from typing import Any, Literal
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from sentence_transformers.util import is_sentence_transformer_model
 
 from launch import config as schema
 from launch.errors import UserError
@@ -28,17 +28,18 @@ def load_model(settings: schema.Model, device: str) -> SentenceTransformer:
     if settings.attention:
         model_kwargs["attn_implementation"] = settings.attention
     try:
-        if settings.pooling is not None and not _comes_with_modules(path):
-            encoder = Transformer(path, model_kwargs=model_kwargs)
-            pooling = Pooling(encoder.get_embedding_dimension(), pooling_mode=settings.pooling)
-            model = SentenceTransformer(modules=[encoder, pooling, Normalize()], device=device)
-        else:
+        model = SentenceTransformer(
+            path,
+            device=device,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            model_kwargs=model_kwargs,
+        )
+        if settings.pooling is not None and not is_sentence_transformer_model(path, revision=settings.revision):
+            # Bare weights get mean pooling from the library; the run file names another.
+            width = model[0].get_embedding_dimension()
             model = SentenceTransformer(
-                path,
-                device=device,
-                revision=settings.revision,
-                trust_remote_code=settings.trust_remote_code,
-                model_kwargs=model_kwargs,
+                modules=[model[0], Pooling(width, settings.pooling), Normalize()], device=device
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -88,8 +89,15 @@ def freeze_unused(model: SentenceTransformer) -> list[str]:
     return frozen
 
 
-def _comes_with_modules(path: str) -> bool:
-    return (Path(path) / "modules.json").is_file()
+def position_limit(model: SentenceTransformer) -> int | None:
+    """Longest input in tokens that the encoder has positions for; None if its config names none."""
+    encoder: Any = model[0]
+    positions = getattr(encoder.auto_model.config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 2:
+        return None
+    # RoBERTa's family counts positions from padding_idx + 1, so its table holds that many fewer.
+    offsets = [getattr(getattr(m, "position_embeddings", None), "padding_idx", None) for m in encoder.modules()]
+    return positions - max((offset + 1 for offset in offsets if isinstance(offset, int)), default=0)
 
 
 def _pooling(model: SentenceTransformer) -> str:
@@ -101,8 +109,7 @@ def _pooling(model: SentenceTransformer) -> str:
 
 
 def _set_lengths(model: SentenceTransformer, settings: schema.Model) -> None:
-    positions = getattr(getattr(model[0], "auto_model", None), "config", None)
-    positions = getattr(positions, "max_position_embeddings", None)
+    positions = position_limit(model)
     for key in ("max_seq_length", "max_query_length"):
         length = getattr(settings, key)
         if length is not None and positions is not None and length > positions:

@@ -23,6 +23,7 @@ from trainer.export.encoder import FORMAT, KINDS, MANIFEST, TOKENIZER
 from trainer.export.onnx import OUTPUTS, check_exportable, export_onnx, input_names, pipeline_copy
 from trainer.export.parity import check_parity
 from trainer.export.verify import PARITY, SEAL
+from trainer.model import position_limit
 
 # Precision -> file; a further precision is a further line here and a file that passes its own gate.
 ONNX_FILES = {"fp32": "onnx/model.onnx"}
@@ -193,14 +194,3 @@ def _check_lengths(model: SentenceTransformer, max_length: dict[str, int]) -> No
                 f"maximal length of {kind} texts: got {length}, allowed: 2 to {positions or 'any'} "
                 "(positions of the model); set model.max_seq_length"
             )
-
-
-def position_limit(model: SentenceTransformer) -> int | None:
-    """Longest input in tokens that the encoder has positions for; None if its config names none."""
-    encoder: Any = model[0]
-    positions = getattr(encoder.auto_model.config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 2:
-        return None
-    # RoBERTa's family counts positions from padding_idx + 1, so its table holds that many fewer.
-    offsets = [getattr(getattr(m, "position_embeddings", None), "padding_idx", None) for m in encoder.modules()]
-    return positions - max((offset + 1 for offset in offsets if isinstance(offset, int)), default=0)
