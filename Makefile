@@ -23,6 +23,7 @@ help:
 	@echo "installing nestling into .venv (once; torch is most of it)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) --editable ".[demo]"
+	@$(BIN)/nestling config schema > run.schema.json
 	@touch $@
 
 .venv/dev.stamp: .venv/demo.stamp
@@ -68,4 +69,4 @@ deepspeed: .venv/demo.stamp
 	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation ".[deepspeed]"
 
 clean:
-	rm -rf .venv data/demo runs/demo cache
+	rm -rf .venv data/demo runs/demo cache run.schema.json

@@ -108,8 +108,8 @@ def _publish(
     opset: int,
     versions: dict[str, str],
 ) -> Path:
-    from trainer.export.bundle import BundleFacts, export_bundle, position_limit
-    from trainer.model import ROLES, max_length_of, prompt_of
+    from trainer.export.bundle import BundleFacts, export_bundle
+    from trainer.model import ROLES, max_length_of, position_limit, prompt_of
 
     lengths = {}
     for role in ROLES:
