@@ -39,8 +39,9 @@ demo: .venv/demo.stamp data/demo/card.json
 	@rm -rf runs/demo
 	@echo "training, evaluation, bundle: two processes; a run of its own writes everything into runs/demo"
 	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml train.py configs/demo.yaml
-	@echo "verifying the bundle in a process that cannot import torch"
-	$(BIN)/nestling verify runs/demo/bundle
+	@echo "next, on your own pairs (JSONL rows with anchor and positive):"
+	@echo "  .venv/bin/accelerate launch --config_file configs/accelerate/cpu.yaml train.py configs/demo.yaml \\"
+	@echo "    train.run_dir=runs/mine data.sources.0.path=PAIRS.jsonl evaluate.sources.0.path=HELD_OUT.jsonl"
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10

@@ -24,7 +24,7 @@ PROGRAMS = {
         "make docstring -> function pairs to train on",
     ),
     "export": ("trainer.export.cli", "torch", "train", "write the ONNX bundle of a model or run"),
-    "verify": ("trainer.export.verify", "onnxruntime", "train", "check a bundle without torch"),
+    "verify": ("trainer.export.verify", "onnxruntime", "", "check a bundle without torch"),
     "report": ("trainer.report", "jinja2", "train", "write one HTML page about a run"),
 }
 EPILOG = """\

@@ -4,6 +4,7 @@
 75 preempted and saved (EX_TEMPFAIL of sysexits.h: every launch target maps it to "run again").
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -33,6 +34,9 @@ def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], 
         code, message = EXIT_USER, str(error)
     except CheckFailed as error:
         code, message = EXIT_CHECK, str(error)
+    except BrokenPipeError:  # whoever read our output has gone, as `| head` does; nothing can be said any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CRASH
     except KeyboardInterrupt:
         code, message = 130, "stopped by Ctrl-C"
     if speaks:

@@ -47,7 +47,7 @@ def publish_folder(partial: Path, final: Path) -> None:
             fsync_path(path)
     for path in (partial, *(p for p in partial.rglob("*") if p.is_dir())):
         fsync_path(path)
-    if final.exists():
+    if os.path.lexists(final):
         raise UserError(f"{final}: exists already, got a second one to write; choose another folder or remove it")
     partial.rename(final)
     fsync_path(final.parent)

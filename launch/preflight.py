@@ -95,7 +95,8 @@ def require_preflight(config: RunConfig, run_file: Path) -> None:
 def require_extra(module: str, extra: str, purpose: str) -> None:
     """Raise UserError with the line to install where the package that brings `module` is not there."""
     if importlib.util.find_spec(module) is None:
-        raise UserError(f'{purpose} needs the package {module}: pip install "nestling[{extra}]"')
+        what = f'"nestling[{extra}]"' if extra else "nestling"
+        raise UserError(f"{purpose} needs the package {module}: pip install {what}")
 
 
 def resolve_model_path(path: str) -> str:

@@ -82,7 +82,7 @@ def check(model: SentenceTransformer, folder: Path, facts: Any) -> Path:
     return bundle
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", ["cls", pytest.param("mean", marks=pytest.mark.slow)])
 def test_bert(tmp_path: Path, minilm_folder: Path, pooling: str):
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder)
     model = tiny_model(tmp_path / "m", tokenizer, pooling, model_type="bert", max_position_embeddings=64, **SMALL)

@@ -235,26 +235,33 @@ def test_dropout_with_kept_graphs_is_bit_identical(world_size: int) -> None:
     assert min(run(_kept_graphs, world_size, world_size)) >= 4
 
 
-def test_both_passes_draw_the_same_dropout() -> None:
-    model = TinyEncoder(dropout=0.1)
+def _forwards(rank: int, world_size: int) -> list[int]:
+    _, model = _engine(dropout=0.1)
     batch = Batch(10, 2, 500)
-    seen: list[Tensor] = []
+    seen, seeds = [], []
 
-    class Watching(Single):
+    class Watching(DDP):
         def forward(self, features: dict[str, Any], synchronise: bool) -> Tensor:
+            seeds.append(torch.initial_seed())
             seen.append(super().forward(features, synchronise))
             return seen[-1]
 
-    _our_gradient(Watching(model), model, batch, batch.plan(1, 30))
+    assert isinstance(model, DistributedDataParallel)
+    _our_gradient(Watching(model), model, batch, batch.plan(world_size, 30))
     half = len(seen) // 2
     assert half >= 3 and all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))
-    model.eval()
-    dry = [model(batch.features(texts))["sentence_embedding"] for texts in batch.plan(1, 30).micro_batches(0)]
-    assert all((a - b).norm() > 1e-3 for a, b in zip(seen, dry, strict=False))
+    return seeds
+
+
+def test_passes_share_dropout_and_micro_batches_and_ranks_do_not() -> None:
+    seeds = run(_forwards, 2, 2)
+    half = len(seeds[0]) // 2
+    assert all(by_rank[:half] == by_rank[half:] for by_rank in seeds)
+    assert len({seed for by_rank in seeds for seed in by_rank}) == 2 * half
 
 
 def _wrong_place(rank: int, world_size: int) -> list[float]:
-    """Errors where the reduction hangs on the wrong forward: no exception, only another gradient."""
+    """Errors where the reduction hangs on the wrong forward, which raises nothing."""
     _, wrapper = _engine()
     assert isinstance(wrapper, DistributedDataParallel)
     batch = Batch(12, 2, 500)

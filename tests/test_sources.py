@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -461,3 +462,22 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         )
         peaks.append(int(done.stdout) / 1024)  # MiB
     assert peaks[1] - peaks[0] < 15, peaks
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    rows = [{"anchor": f"a {i}", "positive": f"b {i}"} for i in range(60_000)]
+    path, cache = write(tmp_path / "a.jsonl", rows), tmp_path / "cache"
+
+    def append_once_it_is_half_read() -> None:
+        deadline = time.monotonic() + 30
+        while not list(cache.glob("sources/.partial-*/shard-*")) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        with path.open("a") as file:
+            file.write('{"anchor": "late", "positive": "row"}\n')
+
+    writer = threading.Thread(target=append_once_it_is_half_read)
+    writer.start()
+    told = refused(path)
+    writer.join()
+    assert "changed while it was read" in told[0]
+    assert len(read(bring(path, cache))) == 60_001

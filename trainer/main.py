@@ -24,7 +24,7 @@ from launch.config import RunConfig
 from launch.errors import EXIT_DONE, CheckFailed, UserError
 from launch.files import write_json
 from launch.reader import resolved_yaml, run_directory
-from launch.world import World, check_world
+from launch.world import World
 from trainer.run_folder import held, read_record, refuse_other_data
 
 MODEL = "model"
@@ -63,7 +63,6 @@ def run(config: RunConfig, run_file: Path, argv: list[str], world: World) -> int
 
     Raises UserError for what the user can mend and CheckFailed where parity does not hold.
     """
-    check_world(config, world)
     check_precision(config)
     this = Run(config, run_directory(config, run_file), argv, world, Clock())
     with held(this.run_dir, config, world):
@@ -246,7 +245,10 @@ def _finish(run: Run, tuned: Any) -> None:
         from trainer.export.cli import export_run
 
         with run.clock.phase("export"):
-            export_run(run_dir, run_dir / BUNDLE, config.export.opset, tuned)
+            if _bundle_of(run_dir) == record["run_id"]:
+                run.say(f"bundle: {run_dir / BUNDLE} was published before the run stopped")
+            else:
+                export_run(run_dir, run_dir / BUNDLE, config.export.opset, tuned)
         run.say(f"bundle: {run_dir / BUNDLE}, checked in a process that cannot import torch:")
         with run.clock.phase("verify"):
             verify = [sys.executable, "-m", "trainer.export.verify", str(run_dir / BUNDLE)]
@@ -263,6 +265,14 @@ def _finish(run: Run, tuned: Any) -> None:
         run.say(f"bundle:      {run_dir / BUNDLE}")
     run.say(f"report:      {report}")
     run.say(f"TensorBoard: tensorboard --logdir {run_dir}")
+
+
+def _bundle_of(run_dir: Path) -> str | None:
+    """Id of the run whose bundle lies here already, None if none does."""
+    try:
+        return json.loads((run_dir / BUNDLE / "manifest.json").read_text(encoding="utf-8")).get("run_id")
+    except (OSError, ValueError):
+        return None
 
 
 def check_live(args: Any, world: World, config: RunConfig, facts: list[dict[str, Any]]) -> None:
