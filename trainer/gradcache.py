@@ -94,7 +94,9 @@ class GradCache:
             self.engine.backward(torch.dot(embeddings.flatten().to(gradient.dtype), gradient.flatten()))
         self.engine.finish()
         clock.append(time.perf_counter())
-        return Outcome(loss.value, loss.by_dim, dict(zip(("embed", "loss", "replay"), np.diff(clock), strict=True)))
+        return Outcome(
+            loss.value, loss.by_dim, dict(zip(("embed", "loss", "replay"), np.diff(clock).tolist(), strict=True))
+        )
 
     def _loss(self, embeddings: Tensor, is_anchor: Tensor, plan: Plan) -> Loss:
         candidates, stop = collectives.gather_candidates(embeddings[~is_anchor], self.stop_asked())
