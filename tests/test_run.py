@@ -280,7 +280,9 @@ def _curve(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_exact_step_trains_the_same_curve_as_sentence_transformers_on_any_number_of_processes(tmp_path: Path) -> None:
+def test_the_exact_step_trains_the_same_curve_as_sentence_transformers_on_any_number_of_processes(
+    tmp_path: Path,
+) -> None:
     """One batch is all rows, so the row order does not matter; SGD without dropout, so every difference would stay."""
     draw = random.Random(3)
     texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 12))) for _ in range(9)]  # fewer than rows: many repeats
