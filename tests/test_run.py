@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -69,13 +70,15 @@ export: {}
 """
 
 
-def _start(*words: str, launcher: str | None = None, cwd: Path = ROOT) -> "subprocess.Popen[str]":
+def _start(*words: str, launcher: str | None = None, file_bytes: int | None = None) -> "subprocess.Popen[str]":
     command = [sys.executable, str(ROOT / "train.py"), *words]
     if launcher is not None:
         accelerate = Path(sys.executable).parent / "accelerate"
         command = [str(accelerate), "launch", *launcher.split(), str(ROOT / "train.py"), *words]
+    if file_bytes is not None:  # no file may grow beyond it, as on a disk that is full
+        command = ["prlimit", f"--fsize={file_bytes}", *command]
     return subprocess.Popen(
-        command, cwd=cwd, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
@@ -325,3 +328,32 @@ train:
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), (name, step)
             assert ours["loss_by_dim"] == pytest.approx(theirs["loss_by_dim"], rel=1e-5), (name, step)
         assert curve[0]["distinct_share"] < 0.6, "repeats are embedded once"
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    code, out, err = _finish(_start(str(_run_file(tmp_path)), file_bytes=30_000_000))
+    assert code == 2, out + err
+    lines = [line for line in err.splitlines() if line.startswith("nestling: ")]
+    assert len(lines) == 1
+    assert "checkpoint of step 6: cannot write" in lines[0]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_two_nodes_train_the_curve_of_one(tmp_path: Path) -> None:
+    """Two launchers on loopback, as two machines start them; the batch does not say where its processes are."""
+    run_file = _run_file(tmp_path, train="  micro_batch_tokens: 64")
+    one = f"train.run_dir={tmp_path}/one"
+    code, out, err = _finish(_start(str(run_file), one, "model.dropout=0.0"))
+    assert code == 0, out + err
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = f"{CPU2} --num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1 --main_process_port {port}"
+    started = [_start(str(run_file), "model.dropout=0.0", launcher=f"{nodes} --machine_rank {node}") for node in (0, 1)]
+    ended = [_finish(process) for process in started]
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["world"] == {"processes": 2, "processes_per_node": 1, "nodes": 2}
+    curves = [[line["loss"] for line in _curve(tmp_path / name)] for name in ("one", "run")]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)

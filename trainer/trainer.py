@@ -24,6 +24,7 @@ from transformers import PrinterCallback
 
 from launch.config import RunConfig
 from launch.errors import UserError
+from launch.files import remove_folder
 from trainer import checkpoint
 from trainer.exact_step import ExactStep, abandoned
 from trainer.gradcache import StepAbandoned
@@ -150,14 +151,23 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             checkpoint.partial_of(self._run_dir, step)
         self._barrier()
         self._writing_to = checkpoint.partial_name(self._run_dir, step)
+        written = self._writing_to / f"checkpoint-{step}"
         try:
             super()._save_checkpoint(model, trial)
+            self._barrier()
+            if self.is_world_process_zero():
+                (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+                checkpoint.publish(written, final, {"step": step})
+        except Exception as error:
+            remove_folder(self._writing_to)
+            # A full disk comes as an OSError from Python, and as a text from safetensors and torch.
+            if isinstance(error, OSError) or "os error" in str(error) or "file write failed" in str(error):
+                reason = str(error).splitlines()[0]
+                raise UserError(f"checkpoint of step {step}: cannot write {final}: {reason}") from error
+            raise
         finally:
-            written, self._writing_to = self._writing_to / f"checkpoint-{step}", None
-        self._barrier()
+            self._writing_to = None
         if self.is_world_process_zero():
-            (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-            checkpoint.publish(written, final, {"step": step})
             checkpoint.prune(self._run_dir, self._config.checkpoint.keep)
         self._barrier()
 
