@@ -8,12 +8,12 @@ _EVERY = 10.0  # seconds between two plain lines in a log file
 
 
 class Progress:
-    """`label` names the work, `total` its amount in `unit`; a context manager."""
+    """`label` names the work, `total` its amount in `unit`; silent unless it `speaks`; a context manager."""
 
-    def __init__(self, label: str, total: int | None, unit: str):
+    def __init__(self, label: str, total: int | None, unit: str, speaks: bool = True):
         from tqdm import tqdm
 
-        self._label, self._total, self._unit = label, total, unit
+        self._label, self._total, self._unit, self._speaks = label, total, unit, speaks
         self._terminal = sys.stderr.isatty()
         self._next = time.monotonic() + _QUIET
         self._bar = tqdm(
@@ -23,7 +23,7 @@ class Progress:
             unit_scale=True,
             delay=_QUIET,
             leave=False,
-            disable=not self._terminal,
+            disable=not (speaks and self._terminal),
             file=sys.stderr,
         )
 
@@ -37,7 +37,7 @@ class Progress:
         """The work has come to `done`, in the unit of `total`."""
         if self._terminal:
             self._bar.update(done - self._bar.n)
-        elif time.monotonic() >= self._next:
+        elif self._speaks and time.monotonic() >= self._next:
             self._next = time.monotonic() + _EVERY
             share = f" ({100 * done / self._total:.0f}%)" if self._total else ""
             print(f"{self._label}: {done:,} {self._unit}{share}", file=sys.stderr, flush=True)

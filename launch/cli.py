@@ -38,13 +38,7 @@ exit codes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    try:
-        code = exit_code(_main, sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # the reader of a pipe, for example `head`, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
+    return exit_code(_main, sys.argv[1:] if argv is None else argv)
 
 
 def _main(argv: Sequence[str]) -> int:

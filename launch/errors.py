@@ -29,14 +29,16 @@ def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], 
     `speaks` is false on every rank but 0, so that a run of many processes says a thing once.
     """
     try:
-        return main(argv) or EXIT_DONE
+        code = main(argv) or EXIT_DONE
+        sys.stdout.flush()
+        return code
     except UserError as error:
         code, message = EXIT_USER, str(error)
     except CheckFailed as error:
         code, message = EXIT_CHECK, str(error)
-    except BrokenPipeError:  # whoever read our output has gone, as `| head` does; nothing can be said any more
+    except BrokenPipeError:  # the reader of a pipe, for example `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_CRASH
+        return EXIT_DONE
     except KeyboardInterrupt:
         code, message = 130, "stopped by Ctrl-C"
     if speaks:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import platform
 import re
 import shutil
 from pathlib import Path
@@ -386,7 +387,7 @@ def test_a_run_directory_brings_its_facts(tmp_path: Path, minilm_folder: Path, c
     assert manifest["prompts"] == {"query": "q: ", "document": ""}
     assert manifest["max_length"] == {"query": 9, "document": 40}
     assert manifest["metrics"] == [result] and manifest["data"][0]["license"] == "cc-by-4.0"
-    assert manifest["versions"]["python"] == "3" and "torch" in manifest["versions"]
+    assert manifest["versions"]["python"] == platform.python_version() and "torch" in manifest["versions"]
     assert exit_code(main, [str(run_dir)]) == 2
     assert "exists already" in capsys.readouterr().err
 

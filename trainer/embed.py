@@ -5,13 +5,13 @@ alternating, as the training step does it: every rank runs the same number of ba
 shape, which engines that gather parameters in the forward pass need.
 """
 
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from data_tools.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from launch.world import World
 
 _MEASURED_TOGETHER = 1024  # texts tokenised in one call to learn their lengths
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 def embed(
@@ -56,7 +55,7 @@ def embed(
     lengths = _lengths(model, unique, arguments, world)
     stripes = deal(lengths, world.world_size)
     vectors: np.ndarray | None = None
-    with _evaluating(model), _Progress(len(unique), kind, world.rank == 0) as progress:
+    with _evaluating(model), Progress(f"embedding {kind} texts", len(unique), "texts", world.rank == 0) as progress:
         for first, last in cuts(lengths[stripes].max(axis=1), batch_tokens):
             batch = [unique[i] for i in stripes[first:last, world.rank]]
             features = model.preprocess(batch, **arguments)
@@ -68,7 +67,7 @@ def embed(
             if vectors is None:
                 vectors = np.empty((len(unique), gathered.shape[-1]), dtype=np.float32)
             vectors[stripes[first:last].T] = gathered
-            progress.advance(min(last * world.world_size, len(unique)))
+            progress.to(min(last * world.world_size, len(unique)))
     assert vectors is not None
     return vectors[places]
 
@@ -144,32 +143,3 @@ def _evaluating(model: "SentenceTransformer") -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-class _Progress:
-    """A bar on a terminal, a plain line every 10 s in a log file; only on the rank that `speaks`."""
-
-    def __init__(self, total: int, kind: str, speaks: bool) -> None:
-        self._total, self._kind, self._speaks = total, kind, speaks
-        self._bar: Any = None
-        self._started = self._last = time.monotonic()
-
-    def __enter__(self) -> "_Progress":
-        if self._speaks and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=self._total, desc=f"embedding {self._kind} texts", leave=False)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def advance(self, done: int) -> None:
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
-        elif self._speaks and now - self._last >= _SECONDS_BETWEEN_LINES:
-            self._last = now
-            rate = done / (now - self._started)
-            print(f"embedding {self._kind} texts: {done:,} of {self._total:,}, {rate:,.0f}/s", flush=True)

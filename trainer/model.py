@@ -37,10 +37,9 @@ def load_model(settings: schema.Model, device: str) -> SentenceTransformer:
         )
         if settings.pooling is not None and not is_sentence_transformer_model(path, revision=settings.revision):
             # Bare weights get mean pooling from the library; the run file names another.
-            width = model[0].get_embedding_dimension()
-            model = SentenceTransformer(
-                modules=[model[0], Pooling(width, settings.pooling), Normalize()], device=device
-            )
+            encoder: Any = model[0]
+            width = encoder.get_embedding_dimension()
+            model = SentenceTransformer(modules=[encoder, Pooling(width, settings.pooling), Normalize()], device=device)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.path: cannot load {settings.path!r}: {reason}") from error

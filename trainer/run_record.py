@@ -4,6 +4,7 @@ Written at the start (so that a killed run is known), completed at the end. Noth
 copied, so no credential can end up in it.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -27,6 +28,9 @@ _PACKAGES = (
     "datasets",
     "tokenizers",
     "numpy",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
 )
 
 
@@ -38,7 +42,7 @@ def start_record(config: RunConfig, argv: list[str], world: World, data: list[di
         "argv": argv,
         "command": "accelerate launch train.py " + " ".join(argv),
         "git": _git(Path(__file__).parent),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(),
         "devices": _devices(world),
         "world": {
             "processes": world.world_size,
@@ -57,13 +61,12 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on; one that is not installed is left out."""
+    found = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed as a package"
     return found
 
 

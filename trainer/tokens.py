@@ -9,8 +9,6 @@ maximal lengths and data; one whose files differ from its manifest is built agai
 
 import json
 import os
-import sys
-import time
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import torch
 import xxhash
 from sentence_transformers import SentenceTransformer
 
+from data_tools.progress import Progress
 from launch.errors import UserError
 from launch.files import exclusive, publish_folder, remove_folder, write_json
 from trainer.model import ROLES, Role, max_length_of, prompt_of
@@ -179,7 +178,7 @@ def _build(folder: Path, facts: dict[str, Any], rows: Any, columns: Sequence[str
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     try:
         files = {name: (partial / f"{name}.bin").open("wb") for name in _FILES}
-        with _Progress(len(rows), "tokenising") as progress:
+        with Progress("tokenising", len(rows), "rows") as progress:
             np.zeros(1, np.int64).tofile(files["offsets"])
             end = 0
             for start in range(0, len(rows), _ROWS_AT_ONCE):
@@ -201,7 +200,7 @@ def _build(folder: Path, facts: dict[str, Any], rows: Any, columns: Sequence[str
                 np.fromiter(tokens, np.uint64).tofile(files["token_id"])
                 normal = (text_id(batch[column][i]) for i in range(len(by_column[0])) for column in columns)
                 np.fromiter(normal, np.uint64).tofile(files["text_id"])
-                progress.advance(len(by_column[0]))
+                progress.to(start + len(by_column[0]))
         for file in files.values():
             file.close()
         write_json(partial / MANIFEST, {"facts": facts, "files": {n: _hash(partial / f"{n}.bin") for n in _FILES}})
@@ -220,32 +219,3 @@ def _tokenise(texts: Sequence[str], column: str, model: SentenceTransformer) -> 
     ids = features["input_ids"].numpy().astype(np.int32)
     mask = features["attention_mask"].numpy().astype(bool)
     return [row[keep] for row, keep in zip(ids, mask, strict=True)]
-
-
-class _Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, total: int, what: str) -> None:
-        self._total, self._what, self._done = total, what, 0
-        self._last = time.monotonic()
-        self._bar: Any = None
-
-    def __enter__(self) -> "_Progress":
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=self._total, desc=self._what, unit="row", leave=False)
-        return self
-
-    def advance(self, rows: int) -> None:
-        """Count rows that are done."""
-        self._done += rows
-        if self._bar is not None:
-            self._bar.update(rows)
-        elif time.monotonic() - self._last >= 10:
-            self._last = time.monotonic()
-            print(f"{self._what}: {self._done:,} of {self._total:,} rows", file=sys.stderr, flush=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -4,7 +4,6 @@ A run directory brings its prompts, dims, data and evaluation along; a bare mode
 """
 
 import argparse
-import importlib.metadata
 import json
 import re
 import sys
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 _OPSETS = (18, 20, 21, 22, 23)
-_VERSIONS = ("nestling", "torch", "transformers", "sentence-transformers", "tokenizers", "onnx", "onnxscript")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -108,6 +106,7 @@ def _publish(
     opset: int,
     versions: dict[str, str],
 ) -> Path:
+    from trainer import run_record
     from trainer.export.bundle import BundleFacts, export_bundle
     from trainer.model import ROLES, max_length_of, position_limit, prompt_of
 
@@ -131,7 +130,7 @@ def _publish(
         data=data,
         metrics=metrics,
         opset=opset,
-        versions={**versions, **_versions()},
+        versions={**versions, **run_record.versions()},
     )
     return export_bundle(model, out, facts)
 
@@ -166,16 +165,6 @@ def _json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}; the run directory is broken or not one") from error
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":
