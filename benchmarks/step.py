@@ -206,7 +206,7 @@ def compare(case: Case, folder: Path) -> tuple[float, float, str]:
     for _ in range(case.repeats):
         recompute.append(our_step(model, cache, everything, keep_graphs=False))
         kept.append(our_step(model, cache, everything, keep_graphs=True))
-        if len(rival) <= len(recompute):
+        if len(rival) < len(recompute):
             rival.append(rival_step(model, columns, best))
     print()
     theirs, ours, ours_kept = (min(runs, key=lambda run: run.cost.cpu) for runs in (rival, recompute, kept))
@@ -225,8 +225,8 @@ def compare(case: Case, folder: Path) -> tuple[float, float, str]:
     _split(case, cache, theirs, ours, ours_kept)
     conditions = (
         f"CPU time of a whole step, {len(case.rows):,} rows of {len(case.columns)} texts, maximal length "
-        f"{case.max_length}, all-MiniLM-L6-v2, {len(DIMS)} dims, one thread, least of {len(rival)} and {case.repeats} "
-        f"runs; rival at {best}, best of {', '.join(map(str, case.settings))} on {case.chosen_on} rows; ours "
+        f"{case.max_length}, all-MiniLM-L6-v2, {len(DIMS)} dims, one thread, least of {case.repeats} runs "
+        f"each; rival at {best}, best of {', '.join(map(str, case.settings))} on {case.chosen_on} rows; ours "
         f"{MICRO_BATCH_TOKENS} tokens a micro-batch; gradients agree to {_error(ours, theirs):.0e}"
     )
     return *gains, conditions

@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,8 +65,11 @@ def run(config: RunConfig, run_file: Path, argv: list[str], world: World) -> int
     check_precision(config)
     this = Run(config, run_directory(config, run_file), argv, world, Clock())
     with held(this.run_dir, config, world):
-        quiet_libraries()
         import torch
+
+        from trainer.model import quiet_libraries
+
+        quiet_libraries()
 
         try:
             prepared = _prepare(this)
@@ -336,15 +338,3 @@ class Clock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' hints and bars out of the log; nestling prints its own lines."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    # accelerate passes the one argument that torch has for it today.
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    logging.basicConfig(level=logging.WARNING, format="nestling: %(message)s")

@@ -4,11 +4,15 @@ Roles have names throughout: `query` is what an anchor is, `document` what posit
 """
 
 import json
+import logging
+import os
+import warnings
 from typing import Any, Literal
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from sentence_transformers.util import is_sentence_transformer_model
+from transformers.utils import logging as transformers_logging
 
 from launch import config as schema
 from launch.errors import UserError
@@ -152,3 +156,13 @@ def describe(model: SentenceTransformer) -> dict[str, Any]:
         "max_length": {role: max_length_of(model, role) for role in ROLES},
         "prompts": json.loads(json.dumps(model.prompts)),
     }
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' hints and bars out of the log; nestling prints its own lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(level=logging.WARNING, format="nestling: %(message)s")
+    # accelerate passes the one argument that torch has for it today.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)

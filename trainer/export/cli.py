@@ -155,8 +155,9 @@ def read_license(base: schema.Model) -> str:
 
 
 def _load(settings: schema.Model) -> "SentenceTransformer":
-    from trainer.model import load_model
+    from trainer.model import load_model, quiet_libraries
 
+    quiet_libraries()
     return load_model(settings, "cpu")
 
 
