@@ -258,6 +258,8 @@ BAD = {
     "fewer rows than a batch": (lambda _: None, ["train.global_batch_size=64"], ["48", "64"]),
     "no model": (lambda _: None, ["model.path=./nowhere"], ["model.path", "nowhere"]),
     "remote code not pinned": (lambda _: None, ["model.trust_remote_code=true"], ["revision"]),
+    "fp16 on a CPU": (lambda _: None, ["train.precision=fp16"], ["train.precision", "bf16"]),
+    "no negatives": (lambda _: None, ["train.global_batch_size=1"], ["train.global_batch_size", "2 or more"]),
     "other world size": (lambda _: None, ["train.world_size=3"], ["3", "1"]),
 }
 

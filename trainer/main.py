@@ -107,6 +107,11 @@ def _prepare(run: Run) -> Prepared:
             f"data.sources: {len(rows):,} rows are fewer than one batch of {config.train.global_batch_size:,}; "
             f"allowed: train.global_batch_size up to {len(rows):,}"
         )
+    if exact and config.train.global_batch_size == 1 and "negative" not in " ".join(rows.column_names):
+        raise UserError(
+            "train.global_batch_size: got 1 without negative columns, so there is nothing to tell a positive from; "
+            "allowed: 2 or more"
+        )
     set_seed(config.train.seed)
     with run.clock.phase("load"):
         model = load_model(config.model, "cpu")
@@ -295,6 +300,10 @@ def check_live(args: Any, world: World, config: RunConfig, facts: list[dict[str,
         raise UserError(
             f"devices: one process sees {args.n_gpu} GPUs and would train DataParallel, which is another loss; "
             "start one process per GPU: accelerate launch --config_file configs/accelerate/ddp.yaml train.py RUN.yaml"
+        )
+    if config.train.precision == "fp16" and args.device.type == "cpu":
+        raise UserError(
+            "train.precision: got fp16 on a CPU, where accelerate computes fp32 without a word; allowed here: fp32, bf16"
         )
     for variable, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() in ("1", "true"):

@@ -164,5 +164,6 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, format="nestling: %(message)s")
-    # accelerate passes the one argument that torch has for it today.
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    # What one library calls in another by its older name is not the user's to mend.
+    for message in ("`broadcast_buffers` is deprecated", ".*gradient_checkpointing_enable"):
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
