@@ -303,7 +303,7 @@ def check_live(args: Any, world: World, config: RunConfig, facts: list[dict[str,
         )
     if config.train.precision == "fp16" and args.device.type == "cpu":
         raise UserError(
-            "train.precision: got fp16 on a CPU, where accelerate computes fp32 without a word; allowed here: fp32, bf16"
+            "train.precision: got fp16 on a CPU, where accelerate silently computes fp32; allowed here: fp32, bf16"
         )
     for variable, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() in ("1", "true"):
