@@ -73,6 +73,8 @@ def test_a_cache_of_other_data_prompt_or_length_is_not_used(minilm: SentenceTran
     rows = _rows(20)
     _cache(minilm, tmp_path, rows)
     _cache(minilm, tmp_path, rows, "other data")
+    minilm.preprocess(["a tokenizer that has been used"])
+    _cache(minilm, tmp_path, rows)
     minilm.prompts = {"query": "q: ", "document": ""}
     _cache(minilm, tmp_path, rows)
     minilm.max_seq_length = 8

@@ -119,7 +119,12 @@ def token_cache(
 
 def _facts(fingerprint: str, columns: Sequence[str], model: SentenceTransformer) -> dict[str, Any]:
     backend = getattr(model.tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else repr(model.tokenizer)
+    words = repr(model.tokenizer)
+    if backend is not None:
+        # Truncation and padding are left from the last call: the facts below say the lengths, and nothing is padded.
+        words = json.dumps(
+            {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
+        )
     return {
         "format": FORMAT,
         "data": fingerprint,
