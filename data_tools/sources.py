@@ -7,7 +7,6 @@ is keyed by the content of the file, so a moved file is not read again and a cha
 import contextlib
 import difflib
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -23,7 +22,7 @@ from data_tools import readers
 from data_tools.shards import MANIFEST, ColumnType, ShardWriter, read_manifest, verify_shards
 from launch.config import ROLE, Source
 from launch.errors import UserError
-from launch.files import remove_folder, sha256_of
+from launch.files import exclusive, remove_folder, sha256_of
 
 _SHOWN = 5  # bad rows that are shown; the others are counted
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet")
@@ -70,7 +69,7 @@ def import_source(source: Source, cache_dir: Path, max_rows: int | None = None) 
         for name in ("locks", "hashes", "sources"):
             (cache_dir / name).mkdir(parents=True, exist_ok=True)
         place = str(Path(source.path).resolve()) if source.path else source.name
-        with _locked(cache_dir / "locks" / _key(place)):
+        with exclusive(cache_dir / "locks" / _key(place)):
             return _import(source, cache_dir, max_rows)
 
 
@@ -90,7 +89,7 @@ def _import(source: Source, cache_dir: Path, max_rows: int | None) -> Path:
     content = [hash_file(file) for file in origin.files]
     key = _key(json.dumps([1, content, origin.variant, source.columns, max_rows, source.license or origin.license]))
     target = cache_dir / "sources" / key
-    with _locked(cache_dir / "locks" / key):
+    with exclusive(cache_dir / "locks" / key):
         if target.exists():
             try:
                 verify_shards(target, hash_file)
@@ -335,14 +334,6 @@ def _remembered_hash(path: Path, memory: Path) -> str:
 
 def _key(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; the system lets go of it when the process ends in any way."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager

@@ -134,8 +134,7 @@ class ExactStep:
 
     def metrics(self) -> dict[str, float]:
         """Means since the last call, for the log; losses by dim are means over ranks. All ranks must call."""
-        metrics = self._log.take(self._dims)
-        return metrics
+        return self._log.take(self._dims)
 
     def _measure(self, plan: Plan, features: BatchFeatures, device: torch.device) -> float:
         """Bytes that a kept graph holds per padded token: the longest micro-batch, the largest over ranks."""
