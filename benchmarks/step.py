@@ -254,7 +254,7 @@ def _split(case: Case, cache: "TokenCache", theirs: Measured, ours: Measured, ke
                 "repetition",
                 everything / real,
                 f"{everything:,} and {real:,} real tokens; {rows.size * len(case.columns):,} texts, "
-                f"{_distinct(plan):,} distinct",
+                f"{plan.distinct:,} distinct",
             ],
             ["kept graphs", ours.cost.cpu / kept.cost.cpu, f"{ours.cost.cpu:.1f} and {kept.cost.cpu:.1f} CPU s"],
             [
@@ -264,10 +264,6 @@ def _split(case: Case, cache: "TokenCache", theirs: Measured, ours: Measured, ke
             ],
         ],
     )
-
-
-def _distinct(plan: Any) -> int:
-    return int((plan.all_targets.anchor_rows > 0).sum() + (plan.all_targets.candidate_count > 0).sum())
 
 
 def worst_padding(cases: Sequence[Case], batch: int, folder: Path) -> tuple[float, str]:

@@ -13,9 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 ROLE = re.compile(r"anchor|positive|negative(_[1-9][0-9]*)?|score|label")
 PINNED_REVISION = re.compile(r"[0-9a-f]{40}")
 
-# The step of nestling; every other name trains through sentence-transformers' own path.
-EXACT_LOSS = "CachedMultipleNegativesRankingLoss"
-
 # Losses of sentence-transformers 6.2 that train on rows of text with an optional score or label.
 LossName = Literal[
     "AnglELoss",
@@ -145,7 +142,7 @@ class Data(Section):
 class Loss(Section):
     """What is minimised."""
 
-    name: LossName = EXACT_LOSS
+    name: LossName = "CachedMultipleNegativesRankingLoss"
     """A loss of sentence-transformers by its class name."""
     arguments: dict[str, Any] = {}
     """Its keyword arguments, for example {scale: 20.0}; a name that the class does not have is an error."""
@@ -158,8 +155,8 @@ class Loss(Section):
     positives or to itself (Unicode form, case and white space folded). false = sentence-transformers' loss
     with its repetitions."""
     step: Literal["exact", "library"] = "exact"
-    """How CachedMultipleNegativesRankingLoss is computed: nestling's exact step, or sentence-transformers'
-    own code, for comparison. Every other loss runs in sentence-transformers' own code."""
+    """How CachedMultipleNegativesRankingLoss and its symmetric form are computed: nestling's exact step, or
+    sentence-transformers' own code, for comparison. Every other loss runs in sentence-transformers' own code."""
 
     @model_validator(mode="after")
     def _dims_descend(self) -> "Loss":

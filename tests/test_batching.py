@@ -49,8 +49,8 @@ def test_every_distinct_text_is_dealt_once_within_the_budget(
     here = length > 0
     here[:, 0] = False
     for is_role, members, counts in (
-        (plan.is_anchor, token[:, 0], plan.all_targets.anchor_rows),
-        (~plan.is_anchor, token[here], plan.all_targets.candidate_count),
+        (plan.is_anchor, token[:, 0], plan.all_targets.rows),
+        (~plan.is_anchor, token[here], plan.all_targets.blocks[0].count),
     ):
         dealt = plan.texts[:, is_role].ravel()
         names, times = np.unique(members, return_counts=True)
@@ -61,6 +61,7 @@ def test_every_distinct_text_is_dealt_once_within_the_budget(
         assert (~real).sum() < world_size
         role_lengths = length[here] if members.shape != (rows,) or is_role is not plan.is_anchor else length[:, 0]
         assert (length.ravel()[dealt[~real]] == role_lengths.min()).all()
+    assert plan.distinct == len(set(token[:, 0].tolist())) + len(set(token[here].tolist()))
     longest = [plan.lengths[:, m].max() for m in _micro_batches(plan)]
     assert longest == sorted(longest, reverse=True)
     for m, width in zip(_micro_batches(plan), longest, strict=True):
@@ -93,31 +94,32 @@ def test_targets_are_what_rows_say(
     for rank in range(world_size):
         targets = plan.targets(rank)
         assert targets.row_weight == world_size / rows
-        assert (targets.masked is not None) == masks
+        (block,) = targets.blocks
+        assert targets.positive_apart == masks and (block.changed is not None) == masks
         anchor_token = token.ravel()[plan.texts[rank, plan.is_anchor]]
         for a, name in enumerate(anchor_token):
-            own = [r for r in range(rows) if token[r, 0] == name] if targets.anchor_rows[a] else []
-            assert len(own) == targets.anchor_rows[a]
+            own = [r for r in range(rows) if token[r, 0] == name] if targets.rows[a] else []
+            assert len(own) == targets.rows[a]
             seen += len(own)
             part = slice(targets.positives.start[a], targets.positives.start[a + 1])
             found = dict(
                 zip(
-                    candidate_token[targets.positives.candidate[part]].tolist(),
+                    candidate_token[targets.positives.column[part]].tolist(),
                     targets.positives.count[part].tolist(),
                     strict=True,
                 )
             )
             wanted = [int(token[r, 1]) for r in own]
             assert found == {t: wanted.count(t) for t in wanted}
-            assert (targets.candidate_count[targets.positives.candidate[part]] > 0).all()
-            if targets.masked is None:
+            assert (block.count[targets.positives.column[part]] > 0).all()
+            if block.changed is None:
                 continue
             own_texts = {int(text[r, 0]) for r in own}
             fitting = own_texts | {int(text[r, 1]) for r in range(rows) if int(text[r, 0]) in own_texts}
             hidden = {int(token[e]) for e in entries if int(text[e]) in fitting}
-            part = slice(targets.masked.start[a], targets.masked.start[a + 1])
-            assert sorted(candidate_token[targets.masked.candidate[part]].tolist()) == sorted(hidden)
-            assert (targets.candidate_count[targets.masked.candidate[part]] > 0).all()
+            part = slice(block.changed.start[a], block.changed.start[a + 1])
+            assert sorted(candidate_token[block.changed.column[part]].tolist()) == sorted(hidden)
+            assert (block.count[block.changed.column[part]] > 0).all() and not block.changed.count[part].any()
             left_out += len(own) * (sum(int(token[e]) in hidden for e in entries) - 1)
     assert seen == rows
     assert plan.masked_share == pytest.approx(left_out / max(1, rows * (len(entries) - 1)) if masks else 0.0)

@@ -5,6 +5,7 @@ means 1e-12; with masks it is the loss written out row by row.
 """
 
 import copy
+import dataclasses
 import itertools
 import random
 from collections.abc import Callable, Iterator
@@ -23,12 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertModel
 
 from tests.distributed import run
-from tests.test_infonce import _by_rows
+from tests.test_infonce import SCORINGS, _by_rows
 from trainer import collectives
 from trainer.batching import Plan, make_plan
 from trainer.engines import DDP, Engine, Single
 from trainer.gradcache import GradCache, Outcome, StepAbandoned
 from trainer.infonce import Objective
+from trainer.targets import Scoring
 
 WIDTH = 16
 OBJECTIVE = Objective(scale=20.0, dims=[16, 12, 4], weights=[1.0, 0.7, 0.4])
@@ -76,9 +78,9 @@ class Batch:
         self.tokens = [draw.integers(1, 60, draw.integers(2, 13)) for _ in range(distinct)]
         self.lengths = np.array([len(t) for t in self.tokens])[self.ids]
 
-    def plan(self, world_size: int, budget: int, masks: bool = False, apart: bool = False) -> Plan:
+    def plan(self, world_size: int, budget: int, masks: bool = False, apart: bool = False, **more: Any) -> Plan:
         ids, sizes = self.ids, {"world_size": world_size, "micro_batch_tokens": budget}
-        return make_plan(ids, ids, self.lengths, **sizes, masks=masks, separate_roles=apart)
+        return make_plan(ids, ids, self.lengths, **sizes, masks=masks, separate_roles=apart, **more)
 
     def features(self, texts: np.ndarray) -> dict[str, Tensor]:
         """Model inputs of texts by number, padded to the longest."""
@@ -93,11 +95,20 @@ class Batch:
         return self.features(np.arange(self.ids.size).reshape(self.ids.shape)[rows, k])
 
 
-def _st_gradient(model: nn.Module, batch: Batch, rows: slice, gather: bool) -> tuple[Tensor, Tensor]:
+def _st_gradient(
+    model: nn.Module, batch: Batch, rows: slice, gather: bool, scoring: Scoring = OBJECTIVE.scoring
+) -> tuple[Tensor, Tensor]:
     """Loss and gradient of ST on these rows of the batch; `model` may be wrapped in DDP."""
     inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
     cached = CachedMultipleNegativesRankingLoss(
-        inner, scale=OBJECTIVE.scale, mini_batch_size=3, gather_across_devices=gather
+        inner,
+        scale=OBJECTIVE.scale,
+        mini_batch_size=3,
+        gather_across_devices=gather,
+        directions=scoring.directions,
+        partition_mode=scoring.partition_mode,
+        hardness_mode=scoring.hardness_mode,
+        hardness_strength=scoring.hardness_strength,
     )
     loss = MatryoshkaLoss(inner, cached, list(OBJECTIVE.dims), list(OBJECTIVE.weights))
     cached.model = model  # what the Trainer does after wrapping
@@ -107,10 +118,12 @@ def _st_gradient(model: nn.Module, batch: Batch, rows: slice, gather: bool) -> t
     return value.detach(), _gradient(model)
 
 
-def _our_gradient(engine: Engine, model: nn.Module, batch: Batch, plan: Plan, kept: int = 0) -> tuple[Tensor, Tensor]:
+def _our_gradient(
+    engine: Engine, model: nn.Module, batch: Batch, plan: Plan, kept: int = 0, objective: Objective = OBJECTIVE
+) -> tuple[Tensor, Tensor]:
     """Loss, mean over ranks, and gradient of one step."""
     model.zero_grad()
-    outcome = GradCache(engine, OBJECTIVE, seed=1, kept=kept).step(plan, batch.features, step=5)
+    outcome = GradCache(engine, objective, seed=1, kept=kept).step(plan, batch.features, step=5)
     return _mean(outcome.loss), _gradient(model)
 
 
@@ -182,6 +195,20 @@ def test_one_process_equals_sentence_transformers() -> None:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_equal_sentence_transformers(world_size: int) -> None:
     assert run(_equal_to_st, world_size, world_size) == [30] * world_size
+
+
+def _directions_equal_st(rank: int, world_size: int) -> None:
+    engine, model = _engine()
+    for batch, scoring in itertools.product([Batch(12, 3, 9), Batch(13, 2, 500)], SCORINGS):
+        truth = _st_gradient(TinyEncoder(), batch, slice(None), gather=False, scoring=scoring)
+        plan = batch.plan(world_size, 40, scoring=scoring)
+        objective = dataclasses.replace(OBJECTIVE, scoring=scoring)
+        _equal(_our_gradient(engine, model, batch, plan, 2, objective), truth, scoring)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_every_direction_equals_sentence_transformers_on_any_number_of_processes(world_size: int) -> None:
+    run(_directions_equal_st, world_size, world_size)
 
 
 def _masked_truth(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -317,12 +344,15 @@ def _counted(rank: int, world_size: int) -> list[dict[str, int]]:
     for batch, budget in itertools.product([Batch(12, 2, 500), Batch(8, 5, 500)], [30, 10**6]):
         counts.append({})
         GradCache(engine, OBJECTIVE, 1).step(batch.plan(world_size, budget), batch.features, 0)
+    counts.append({})
+    objective = dataclasses.replace(OBJECTIVE, scoring=SCORINGS[0])
+    GradCache(engine, objective, 1).step(batch.plan(world_size, 30, scoring=SCORINGS[0]), batch.features, 0)
     return counts
 
 
 def test_a_step_has_one_gather_one_scatter_and_one_agreement() -> None:
     once = {"all_gather_single": 1, "reduce_scatter_single": 1, "all_reduce": 1}
-    assert run(_counted, 2, 2) == [[once] * 4] * 2
+    assert run(_counted, 2, 2) == [[once] * 5] * 2
 
 
 def _abandoned(rank: int, world_size: int) -> list[str]:

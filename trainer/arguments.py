@@ -5,14 +5,10 @@ from pathlib import Path
 import torch
 from sentence_transformers import SentenceTransformerTrainingArguments
 
-from launch.config import EXACT_LOSS, RunConfig
+from launch.config import RunConfig
 from launch.errors import UserError
 from launch.world import World
-
-
-def is_exact(config: RunConfig) -> bool:
-    """Whether this run trains with the exact step, or in sentence-transformers' own code."""
-    return config.loss.name == EXACT_LOSS and config.loss.step == "exact"
+from trainer.objective import is_exact
 
 
 def training_arguments(config: RunConfig, run_dir: Path, world: World) -> SentenceTransformerTrainingArguments:

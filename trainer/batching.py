@@ -8,40 +8,17 @@ A text is named by its number in the batch, row * columns + column. A rank embed
 has the same role on every rank. Anchors and candidates of all ranks are numbered rank by rank, slot by slot.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from trainer.targets import Fits, Pairs, Rows, Scoring, Targets, make_targets
 
 # What starting one more micro-batch costs, in padded tokens of encoder time.
 _OVERHEAD_TOKENS = 256
 # Places where a full micro-batch may be cut: more save no padding, fewer would cost some.
 _CUTS_PER_MICRO_BATCH = 24
-
-
-@dataclass(frozen=True)
-class Table:
-    """Sparse entries (anchor, candidate, count) by anchor: those of anchor a lie at start[a]:start[a + 1]."""
-
-    start: np.ndarray  # int64 [anchors + 1]
-    candidate: np.ndarray  # int64 [entries], a column over all ranks
-    count: np.ndarray  # int64 [entries]
-
-    def of_rank(self, rank: int, anchors: int) -> "Table":
-        """The part of a rank that scores `anchors` anchors."""
-        start = self.start[rank * anchors : (rank + 1) * anchors + 1]
-        part = slice(start[0], start[-1])
-        return Table(start - start[0], self.candidate[part], self.count[part])
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What one rank scores: distinct anchors that it embeds against distinct candidates of all ranks."""
-
-    anchor_rows: np.ndarray  # int64 [anchors]: rows that hold this anchor; 0 = filler
-    candidate_count: np.ndarray  # int64 [candidates]: times that the batch holds it; 0 = filler
-    positives: Table  # count = rows that hold this anchor with this positive
-    masked: Table | None  # candidates left out of what an anchor's rows share; None = masks are off
-    row_weight: float  # world_size / global_batch_size: the mean over ranks is then the mean over rows
+_DEFAULT = Scoring()
 
 
 @dataclass(frozen=True)
@@ -53,6 +30,8 @@ class Plan:
     is_anchor: np.ndarray  # bool [slots]
     cuts: np.ndarray  # int64 [micro_batches + 1]: micro-batch m holds slots cuts[m]:cuts[m + 1]
     all_targets: Targets  # of all ranks
+    by_row: bool  # a rank scores a share of the rows against the anchors of all ranks, else the anchors that it embeds
+    distinct: int  # distinct texts of each role, added up
     masked_share: float  # of all (row, candidate) entries but the rows' own positives
 
     @property
@@ -66,14 +45,10 @@ class Plan:
 
     def targets(self, rank: int) -> Targets:
         """What this rank scores."""
-        whole, anchors = self.all_targets, int(self.is_anchor.sum())
-        return Targets(
-            whole.anchor_rows[rank * anchors : (rank + 1) * anchors],
-            whole.candidate_count,
-            whole.positives.of_rank(rank, anchors),
-            whole.masked and whole.masked.of_rank(rank, anchors),
-            whole.row_weight,
-        )
+        lines = len(self.all_targets.anchor)
+        first, end = lines * rank // self.world_size, lines * (rank + 1) // self.world_size
+        part = self.all_targets.part(first, end)
+        return part if self.by_row else replace(part, anchor=part.anchor - first)
 
     def tokens(self, rank: int) -> tuple[int, int]:
         """Real and padded tokens of one pass over this rank's share."""
@@ -90,12 +65,15 @@ def make_plan(
     micro_batch_tokens: int,
     masks: bool = True,
     separate_roles: bool = False,
+    scoring: Scoring = _DEFAULT,
+    known: Pairs | None = None,
 ) -> Plan:
     """Plan a global batch; all arrays are [rows, columns] of integers, columns anchor, positive, negatives.
 
     Equal `token_ids` (role and prompt belong to them) are embedded and scored once, equal `text_ids` are one
     text to `masks`, and a length of 0 says that the row has no such negative. A micro-batch keeps rows x
-    longest <= micro_batch_tokens or is a single text; with `separate_roles` it holds texts of one role.
+    longest <= micro_batch_tokens or is a single text; with `separate_roles` it holds texts of one role. `known` are
+    (text_ids of anchors, text_ids of positives), uint64 [pairs] each, that are right although no row says so.
     """
     rows, columns = token_ids.shape
     assert columns >= 2 and (lengths[:, :2] > 0).all(), "every row needs an anchor and a positive"
@@ -127,23 +105,27 @@ def make_plan(
     texts, distinct, is_anchor = texts[order], distinct[order], is_anchor[order]
 
     # From distinct texts to their places: anchors and candidates of all ranks in the order of slots.
-    anchor_at, anchor_rows = _places(distinct[is_anchor], anchor)
+    anchor_at, anchor_count = _places(distinct[is_anchor], anchor)
     candidate_at, candidate_count = _places(distinct[~is_anchor], candidate)
-    positives = _table(anchor_at[anchor], candidate_at[positive], len(anchor_rows))
-    masked, masked_share = None, 0.0
-    if masks:
-        text = np.unique(text_ids, return_inverse=True)[1].reshape(rows, columns)
-        a, c = _masked(text[:, 0], text[:, 1], text[:, 1:][here], anchor, candidate)
-        masked = _table(anchor_at[a], candidate_at[c], len(anchor_rows))
+    held = np.nonzero(here)[0]  # row of each candidate
+    batch = Rows(
+        anchor_at[anchor], candidate_at[positive], held, candidate_at[candidate], anchor_count, candidate_count
+    )
+    fits = Fits(batch, text_ids[:, 0], text_ids[:, 1:][here], known) if masks else None
+    targets = make_targets(batch, fits, scoring, world_size / rows)
+    masked_share = 0.0
+    if fits:
+        a, c = fits.candidates
         # Each row's own positive is among the entries and stays in its denominator.
-        left_out = int(anchor_rows[anchor_at[a]] @ candidate_count[candidate_at[c]]) - rows
-        masked_share = left_out / max(1, rows * (len(candidate) - 1))
+        masked_share = (int(anchor_count[a] @ candidate_count[c]) - rows) / max(1, rows * (len(candidate) - 1))
     return Plan(
         texts=texts.T.copy(),
         lengths=length[texts].T.copy(),
         is_anchor=is_anchor,
         cuts=np.cumsum([0] + [len(run) for run in runs]),
-        all_targets=Targets(anchor_rows, candidate_count, positives, masked, world_size / rows),
+        all_targets=targets,
+        by_row=scoring.by_row,
+        distinct=len(anchor_text) + len(candidate_text),
         masked_share=masked_share,
     )
 
@@ -201,48 +183,3 @@ def _places(distinct: np.ndarray, member: np.ndarray) -> tuple[np.ndarray, np.nd
     place = np.empty(real.sum(), np.int64)
     place[by_place[real]] = np.flatnonzero(real)
     return place, np.bincount(place[member], minlength=len(by_place))
-
-
-def _masked(
-    anchor_text: np.ndarray,  # [rows]
-    positive_text: np.ndarray,  # [rows]
-    candidate_text: np.ndarray,  # [candidate entries]
-    anchor: np.ndarray,  # [rows]: distinct anchor
-    candidate: np.ndarray,  # [candidate entries]: distinct candidate
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (distinct anchor, distinct candidate) where the candidate fits the anchor or is its own text.
-
-    A text fits an anchor if some row of the batch has it as the positive of that anchor's text. The model
-    cannot tell apart what has equal tokens (cut at the maximal length), so one such text is enough.
-    """
-    of_text, fitting, _ = _unique_pairs(
-        np.concatenate([anchor_text, anchor_text]), np.concatenate([positive_text, anchor_text])
-    )
-    anchor_text, anchor, _ = _unique_pairs(anchor_text, anchor)
-    candidate_text, candidate, _ = _unique_pairs(candidate_text, candidate)
-    i, fit = _join(anchor_text, of_text)
-    k, j = _join(fitting[fit], candidate_text)
-    a, c, _ = _unique_pairs(anchor[i[k]], candidate[j])
-    return a, c
-
-
-def _unique_pairs(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct pairs of small non-negative integers, sorted, and how often each occurs."""
-    width = int(right.max()) + 1
-    pairs, count = np.unique(left * width + right, return_counts=True)
-    return pairs // width, pairs % width, count
-
-
-def _join(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All (i, j) with left[i] == right[j], by i; `right` is sorted."""
-    first = np.searchsorted(right, left)
-    matches = np.searchsorted(right, left, side="right") - first
-    i = np.repeat(np.arange(len(left)), matches)
-    within = np.arange(len(i)) - np.repeat(np.cumsum(matches) - matches, matches)
-    return i, first[i] + within
-
-
-def _table(anchor: np.ndarray, candidate: np.ndarray, anchors: int) -> Table:
-    """Count equal pairs and index them by anchor."""
-    anchor, candidate, count = _unique_pairs(anchor, candidate)
-    return Table(np.searchsorted(anchor, np.arange(anchors + 1)), candidate, count)

@@ -18,8 +18,8 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def gather_candidates(local: Tensor, flag: bool) -> tuple[Tensor, bool]:
-    """Candidates of all ranks [world_size * candidates, width], rank by rank, and whether any set `flag`.
+def gather_embeddings(local: Tensor, flag: bool) -> tuple[Tensor, bool]:
+    """Embeddings of all ranks [world_size * texts, width], rank by rank, and whether any set `flag`.
 
     All ranks must call, with equal shapes. The flag travels in one extra line, so it costs no collective.
     """
@@ -35,9 +35,9 @@ def gather_candidates(local: Tensor, flag: bool) -> tuple[Tensor, bool]:
 
 
 def scatter_gradient(gradient: Tensor) -> Tensor:
-    """Sum over ranks of the candidates' gradient, for the candidates that this rank embedded.
+    """Sum over ranks of the gradient at gathered embeddings, for those that this rank embedded.
 
-    `gradient` is [world_size * candidates, width], the result [candidates, width]. All ranks must call.
+    `gradient` is [world_size * texts, width], the result [texts, width]. All ranks must call.
     """
     size = world_size()
     if size == 1:

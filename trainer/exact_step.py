@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,12 @@ from trainer.batching import Plan
 from trainer.data import text_columns
 from trainer.engines import DDP, Engine, Single
 from trainer.gradcache import GradCache, StepAbandoned
-from trainer.infonce import Objective
 from trainer.loader import Batch, BatchFeatures, Steps
+from trainer.objective import objective_of
 from trainer.sampler import DataOrder
 from trainer.tokens import Padder, TokenCache, token_cache
 
 _GIB = 1 << 30
-# What the exact step computes; another value of these arguments is another loss.
-_COMPUTED: dict[str, tuple[Any, ...]] = {
-    "similarity_fct": ("cos_sim",),
-    "directions": (["query_to_doc"],),
-    "partition_mode": ("joint",),
-    "hardness_mode": (None,),
-    "hardness_strength": (0.0,),
-    "gather_across_devices": (True,),
-    "show_progress_bar": (False,),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,20 +55,6 @@ def tokenise(config: RunConfig, rows: Any, facts: list[dict[str, Any]], model: S
     return Tokenised(cache, order)
 
 
-def check_arguments(config: RunConfig) -> None:
-    """Raise UserError for arguments of the loss that the exact step does not compute."""
-    for name, value in config.loss.arguments.items():
-        if name in ("mini_batch_size", "mini_batch_num_tokens"):
-            raise UserError(
-                f"loss.arguments.{name}: got {value!r}; the exact step takes train.micro_batch_tokens instead"
-            )
-        if name in _COMPUTED and value not in _COMPUTED[name]:
-            raise UserError(
-                f"loss.arguments.{name}: got {value!r}, the exact step computes {_COMPUTED[name][0]!r} only; "
-                "loss.step=library trains it in sentence-transformers' own code"
-            )
-
-
 class ExactStep:
     """One rank's exact step over a run. All ranks construct it with the same config and data."""
 
@@ -93,9 +69,7 @@ class ExactStep:
         self._config, self._model, self._data, self._stop_asked = config, model, data, stop_asked
         width = model.get_embedding_dimension()
         assert width is not None
-        self._dims = config.loss.dims or [width]
-        weights = config.loss.dim_weights or [1.0] * len(self._dims)
-        self._objective = Objective(float(config.loss.arguments.get("scale", 20.0)), self._dims, weights)
+        self._objective = objective_of(config, width)
         self._padder = Padder(model)
         # A pooling that skips the prompt takes one prompt length per batch.
         self._apart = any(isinstance(m, Pooling) and not m.include_prompt for m in model)
@@ -106,6 +80,7 @@ class ExactStep:
             config.train.micro_batch_tokens,
             config.loss.mask_known_positives,
             self._apart,
+            self._objective.scoring,
         )
         self._step: GradCache | None = None
         self._graph_bytes = 0.0  # of a kept graph, per padded token
@@ -134,7 +109,7 @@ class ExactStep:
 
     def metrics(self) -> dict[str, float]:
         """Means since the last call, for the log; losses by dim are means over ranks. All ranks must call."""
-        return self._log.take(self._dims)
+        return self._log.take(self._objective.dims)
 
     def _measure(self, plan: Plan, features: BatchFeatures, device: torch.device) -> float:
         """Bytes that a kept graph holds per padded token: the longest micro-batch, the largest over ranks."""
@@ -211,12 +186,11 @@ class _Sums:
             real += int(plan.lengths[rank].sum())
             padded += int(longest.sum())
             again += int(longest[kept:].sum()) if len(longest) > 1 else 0
-        distinct = int((plan.all_targets.anchor_rows > 0).sum() + (plan.all_targets.candidate_count > 0).sum())
         self._numbers += (
             real,
             padded,
             again,
-            distinct,
+            plan.distinct,
             batch.rows.size * len(cache.columns),
             plan.masked_share,
         )
@@ -225,7 +199,7 @@ class _Sums:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + value
         self._count += 1
 
-    def take(self, dims: list[int]) -> dict[str, float]:
+    def take(self, dims: Sequence[int]) -> dict[str, float]:
         """Means per step and shares, then start anew. All ranks must call."""
         count = max(1, self._count)
         elapsed = time.perf_counter() - self._since

@@ -81,9 +81,7 @@ class GradCache:
         # 2. Loss and its gradient at the embeddings.
         is_anchor = torch.from_numpy(plan.is_anchor).to(parts[0].device)
         loss = self._loss(torch.cat(parts), is_anchor, plan)
-        cached = loss.anchor_gradient.new_empty(len(is_anchor), loss.anchor_gradient.shape[1])
-        cached[is_anchor] = loss.anchor_gradient
-        cached[~is_anchor] = collectives.scatter_gradient(loss.candidate_gradient)
+        cached = self._gradient_at_home(loss, is_anchor, plan)
         clock.append(time.perf_counter())
 
         # 3. Replay.
@@ -99,10 +97,23 @@ class GradCache:
         )
 
     def _loss(self, embeddings: Tensor, is_anchor: Tensor, plan: Plan) -> Loss:
-        candidates, stop = collectives.gather_candidates(embeddings[~is_anchor], self.stop_asked())
+        """One gather: of the candidates, or of all texts where rows need the anchors of all ranks."""
+        sent = embeddings if plan.by_row else embeddings[~is_anchor]
+        candidates, stop = collectives.gather_embeddings(sent, self.stop_asked())
         if stop:
             raise StepAbandoned(_STOP)
-        return infonce(embeddings[is_anchor], candidates, plan.targets(collectives.rank()), self.objective)
+        anchors = embeddings[is_anchor]
+        if plan.by_row:
+            of_all = is_anchor.repeat(plan.world_size)
+            anchors, candidates = candidates[of_all], candidates[~of_all]
+        return infonce(anchors, candidates, plan.targets(collectives.rank()), self.objective)
+
+    def _gradient_at_home(self, loss: Loss, is_anchor: Tensor, plan: Plan) -> Tensor:
+        """Gradient at this rank's embeddings [slots, width], in the order of slots. One scatter."""
+        anchors, candidates = loss.anchor_gradient, loss.candidate_gradient
+        if plan.by_row:
+            return collectives.scatter_gradient(_merged(is_anchor.repeat(plan.world_size), anchors, candidates))
+        return _merged(is_anchor, anchors, collectives.scatter_gradient(candidates))
 
     def _agree_to_finish(self, loss: Tensor) -> None:
         code = _NON_FINITE if not loss.isfinite() else _STOP if self.stop_asked() else 0
@@ -117,6 +128,12 @@ class GradCache:
             with self.autocast():
                 parts.append(self.engine.forward(features(texts), synchronise=False))
         return self._loss(torch.cat(parts), torch.from_numpy(plan.is_anchor).to(parts[0].device), plan)
+
+
+def _merged(is_anchor: Tensor, anchors: Tensor, candidates: Tensor) -> Tensor:
+    merged = anchors.new_empty(len(is_anchor), anchors.shape[1])
+    merged[is_anchor], merged[~is_anchor] = anchors, candidates
+    return merged
 
 
 @contextmanager

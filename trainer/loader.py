@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from trainer.batching import Plan, make_plan
 from trainer.model import Role
 from trainer.sampler import DataOrder, StepNumbers
+from trainer.targets import Scoring
 from trainer.tokens import Padder, TokenCache, role_of
 
 
@@ -38,9 +39,10 @@ class Steps(Dataset[dict[str, Batch]]):
         micro_batch_tokens: int,
         masks: bool,
         apart: bool,
+        scoring: Scoring,
     ) -> None:
         self._cache, self._order, self._world_size = cache, order, world_size
-        self._budget, self._masks, self._apart = micro_batch_tokens, masks, apart
+        self._budget, self._masks, self._apart, self._scoring = micro_batch_tokens, masks, apart, scoring
 
     def __len__(self) -> int:
         return self._order.steps_per_epoch
@@ -59,6 +61,7 @@ class Steps(Dataset[dict[str, Batch]]):
             micro_batch_tokens=self._budget,
             masks=self._masks,
             separate_roles=self._apart,
+            scoring=self._scoring,
         )
         seconds = time.perf_counter() - start
         return {"batch": Batch(plan, rows, epoch * self._order.steps_per_epoch + step, seconds)}

@@ -89,10 +89,10 @@ def _prepare(run: Run) -> Prepared:
     """Rows, model and token cache. Processes of one node that import or tokenise the same rows wait on a lock."""
     from transformers import set_seed
 
-    from trainer.arguments import is_exact
     from trainer.data import open_sources
-    from trainer.exact_step import check_arguments, tokenise
+    from trainer.exact_step import tokenise
     from trainer.model import freeze_unused, load_model
+    from trainer.objective import check_arguments, is_exact
 
     config, cache_dir = run.config, Path(run.config.data.cache_dir)
     exact = is_exact(config)
