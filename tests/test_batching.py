@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.batching import Plan, make_plan
+from trainer.batching import OVERHEAD_TOKENS, Plan, make_plan
 
 
 def _batch(draw: np.random.Generator, rows: int, columns: int, distinct: int) -> tuple[np.ndarray, ...]:
@@ -136,12 +136,14 @@ def test_cuts_are_the_best_there_are(budget: int) -> None:
     length = _lengths(120)
     ids = np.arange(length.size).reshape(length.shape)
     plan = make_plan(ids, ids, length, world_size=1, micro_batch_tokens=budget)
-    cost = sum(256 + (m.stop - m.start) * int(plan.lengths[0, m.start]) for m in _micro_batches(plan))
+    cost = sum(
+        OVERHEAD_TOKENS["cpu"] + (m.stop - m.start) * int(plan.lengths[0, m.start]) for m in _micro_batches(plan)
+    )
     texts = sorted(length.ravel().tolist(), reverse=True)
     best = [0.0] * (len(texts) + 1)
     for i in range(len(texts) - 1, -1, -1):
         best[i] = min(
-            256 + (j - i) * texts[i] + best[j]
+            OVERHEAD_TOKENS["cpu"] + (j - i) * texts[i] + best[j]
             for j in range(i + 1, len(texts) + 1)
             if j == i + 1 or (j - i) * texts[i] <= budget
         )
@@ -151,8 +153,7 @@ def test_cuts_are_the_best_there_are(budget: int) -> None:
 
 @pytest.mark.parametrize(
     ("world_size", "budget", "most"),
-    # With few large micro-batches a rank, 256 tokens for one more micro-batch outweigh some padding.
-    [(1, 4096, 1.03), (1, 16_384, 1.05), (2, 4096, 1.05), (2, 16_384, 1.06)],
+    [(1, 4096, 1.03), (1, 16_384, 1.03), (2, 4096, 1.03), (2, 16_384, 1.03), (8, 8192, 1.05)],
 )
 def test_little_is_padded_and_ranks_have_equal_tokens(world_size: int, budget: int, most: float) -> None:
     length = _lengths(2048)

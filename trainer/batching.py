@@ -14,10 +14,12 @@ import numpy as np
 
 from trainer.targets import Fits, Pairs, Rows, Scoring, Targets, make_targets
 
-# What starting one more micro-batch costs, in padded tokens of encoder time.
-_OVERHEAD_TOKENS = 256
-# Places where a full micro-batch may be cut: more save no padding, fewer would cost some.
-_CUTS_PER_MICRO_BATCH = 24
+# What one more micro-batch costs beside its tokens, in tokens of encoder time, by the device's kind: starting its
+# kernels and adding its gradients to those that are there. Measured on a CPU; on CUDA a guess between models.
+OVERHEAD_TOKENS = {"cpu": 32, "cuda": 256}
+# Places where a full micro-batch may be cut, least and most: more save no padding. In a huge batch, where few suffice
+# because neighbours are equally long, their sum stays near the third number, so that it is planned in half a second.
+_CUTS_LEAST, _CUTS_MOST, _CUTS_IN_ALL = 12, 48, 16_384
 _DEFAULT = Scoring()
 
 
@@ -63,6 +65,7 @@ def make_plan(
     *,
     world_size: int,
     micro_batch_tokens: int,
+    overhead_tokens: int = OVERHEAD_TOKENS["cpu"],
     masks: bool = True,
     separate_roles: bool = False,
     scoring: Scoring = _DEFAULT,
@@ -72,8 +75,9 @@ def make_plan(
 
     Equal `token_ids` (role and prompt belong to them) are embedded and scored once, equal `text_ids` are one
     text to `masks`, and a length of 0 says that the row has no such negative. A micro-batch keeps rows x
-    longest <= micro_batch_tokens or is a single text; with `separate_roles` it holds texts of one role. `known` are
-    (text_ids of anchors, text_ids of positives), uint64 [pairs] each, that are right although no row says so.
+    longest <= micro_batch_tokens or is a single text; one more is worth `overhead_tokens` of padding. With
+    `separate_roles` it holds texts of one role. `known` are (text_ids of anchors, text_ids of positives), uint64
+    [pairs] each, that are right although no row says so.
     """
     rows, columns = token_ids.shape
     assert columns >= 2 and (lengths[:, :2] > 0).all(), "every row needs an anchor and a positive"
@@ -99,7 +103,7 @@ def make_plan(
 
     # Micro-batches are runs of stripes.
     parts = [is_anchor[order], ~is_anchor[order]] if separate_roles else [np.ones(len(order), bool)]
-    runs = [run for part in parts for run in _cut(np.flatnonzero(part), longest, micro_batch_tokens)]
+    runs = [run for part in parts for run in _cut(np.flatnonzero(part), longest, micro_batch_tokens, overhead_tokens)]
     runs.sort(key=lambda run: -longest[run[0]])
     order = order[np.concatenate(runs)]
     texts, distinct, is_anchor = texts[order], distinct[order], is_anchor[order]
@@ -144,15 +148,16 @@ def _stripes(count: int, world_size: int) -> np.ndarray:
     return np.concatenate([np.arange(count), np.full(-count % world_size, -1)]).reshape(-1, world_size)
 
 
-def _cut(stripes: np.ndarray, longest: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
+def _cut(stripes: np.ndarray, longest: np.ndarray, micro_batch_tokens: int, overhead_tokens: int) -> list[np.ndarray]:
     """Cut stripes (descending lengths) into runs of least padded tokens, overhead counted.
 
     A run of n stripes costs n * longest and stays within the budget, or has one stripe.
     """
     lengths: list[int] = longest[stripes].tolist()
+    cuts_each = min(_CUTS_MOST, max(_CUTS_LEAST, _CUTS_IN_ALL * micro_batch_tokens // max(1, sum(lengths))))
     points = [0]  # where a run may begin
     while points[-1] < len(lengths):
-        step = micro_batch_tokens // lengths[points[-1]] // _CUTS_PER_MICRO_BATCH
+        step = micro_batch_tokens // lengths[points[-1]] // cuts_each
         points.append(min(len(lengths), points[-1] + max(1, step)))
     last = len(points) - 1
     cost, following = [0] * len(points), [last] * len(points)
@@ -165,7 +170,7 @@ def _cut(stripes: np.ndarray, longest: np.ndarray, micro_batch_tokens: int) -> l
             if total < best:
                 best, following[i] = total, j
             j += 1
-        cost[i] = best + _OVERHEAD_TOKENS
+        cost[i] = best + overhead_tokens
     cuts, i = [], following[0]
     while i < last:
         cuts.append(points[i])
