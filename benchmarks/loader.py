@@ -9,18 +9,27 @@ the plan and makes all features twice, as a step that keeps no graph does; build
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RIVAL, Claim, docstring_pairs, finish, minilm, one_thread, options, table, timed
+from benchmarks.common import (
+    MICRO_BATCH_TOKENS,
+    RIVAL,
+    Claim,
+    docstring_pairs,
+    finish,
+    minilm,
+    one_thread,
+    options,
+    table,
+    timed,
+)
 
 MAX_LENGTH = 256
 BATCH = 128
-MICRO_BATCH_TOKENS = 8192  # the default of train.micro_batch_tokens
 PLAN_PAIRS, PLAN_RANKS = 65_536, 8
 
 
@@ -133,11 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = rows[: 8 * BATCH]
     repeats = 2 if args.quick else 5
     claims = [feed(rows, repeats), plan_time(rows, PLAN_PAIRS, repeats)]
-    return finish([_scaled(claim, args.quick) for claim in claims], args.json)
-
-
-def _scaled(claim: Claim, quick: bool) -> Claim:
-    return replace(claim, conditions=f"fewer rows (--quick): {claim.conditions}") if quick else claim
+    return finish(claims, args)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,34 @@ cached embeddings, one tensor a column, at the chunk of scores that is fastest f
 largest shape is measured in fresh processes, which gives its memory too. The full run takes about ten minutes.
 """
 
-import multiprocessing
-import re
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.common import RIVAL, Claim, Cost, finish, one_thread, options, table, timed
+from benchmarks.common import (
+    RIVAL,
+    Claim,
+    Cost,
+    cached_loss,
+    finish,
+    in_fresh_process,
+    objective,
+    one_thread,
+    options,
+    peak,
+    progress,
+    relative_error,
+    reset_peak,
+    table,
+    timed,
+)
 
-SCALE = 20.0
+if TYPE_CHECKING:
+    from torch import Tensor
+
 CHUNKS = (16, 64, 256, 1024)
 HEADLINE = (768, 5)  # width and number of dims of the claims
 
@@ -46,7 +60,7 @@ class Result:
     cost: Cost
     extra_bytes: int  # peak above what the process held before
     loss: float
-    gradient: np.ndarray | None  # [2, batch, width]; None from another process
+    gradient: "Tensor | None"  # [2, batch, width]; None from another process
 
 
 def _embeddings(shape: Shape) -> Any:
@@ -61,7 +75,7 @@ def _embeddings(shape: Shape) -> Any:
 
 def rival_stage(shape: Shape, chunk: int, rows: int | None = None) -> Result:
     """sentence-transformers' stage, of all anchors or the first `rows` against all candidates."""
-    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
+    import torch
     from torch import nn
 
     class Width(nn.Module):
@@ -73,15 +87,13 @@ def rival_stage(shape: Shape, chunk: int, rows: int | None = None) -> Result:
         def __getitem__(self, _: int) -> nn.Module:
             return nn.Identity()
 
-    model: Any = Width()
-    cached = CachedMultipleNegativesRankingLoss(model, scale=SCALE, mini_batch_size=chunk)
-    MatryoshkaLoss(model, cached, shape.matryoshka)  # decorates calculate_loss
+    _, cached = cached_loss(Width(), shape.matryoshka, chunk)
     anchors, candidates = _embeddings(shape)
     columns = [anchors[:rows].clone().requires_grad_(), candidates.clone().requires_grad_()]
-    before = _reset_peak()
+    before = reset_peak()
     value, cost = timed(lambda: cached.calculate_loss([[column] for column in columns], None, with_backward=True))
-    extra = _peak() - before
-    gradient = None if rows else np.stack([c.grad.numpy() for c in columns if c.grad is not None])
+    extra = peak() - before
+    gradient = None if rows else torch.stack([c.grad for c in columns if c.grad is not None])
     return Result(cost, extra, float(value), gradient)
 
 
@@ -90,7 +102,7 @@ def our_stage(shape: Shape) -> Result:
     import torch
 
     from trainer.batching import make_plan
-    from trainer.infonce import Objective, infonce
+    from trainer.infonce import infonce
 
     ids = np.arange(2 * shape.batch).reshape(shape.batch, 2)
     lengths = np.ones_like(ids)
@@ -99,40 +111,22 @@ def our_stage(shape: Shape) -> Result:
     is_anchor = torch.from_numpy(plan.is_anchor)
     anchors, candidates = _embeddings(shape)
     anchors, candidates = anchors[row[is_anchor]], candidates[row[~is_anchor]]
-    objective = Objective(SCALE, shape.matryoshka, [1.0] * shape.dims)
-    before = _reset_peak()
-    loss, cost = timed(lambda: infonce(anchors, candidates, plan.targets(0), objective))
-    extra = _peak() - before
-    gradient = np.empty((2, shape.batch, shape.width), np.float32)
+    minimised = objective(shape.matryoshka)
+    before = reset_peak()
+    loss, cost = timed(lambda: infonce(anchors, candidates, plan.targets(0), minimised))
+    extra = peak() - before
+    gradient = torch.empty(2, shape.batch, shape.width)
     gradient[0, row[is_anchor]] = loss.anchor_gradient
     gradient[1, row[~is_anchor]] = loss.candidate_gradient
     return Result(cost, extra, float(loss.value), gradient)
 
 
-def _reset_peak() -> int:
-    """Set the kernel's peak of resident memory back to what is resident now, in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
-
-
-def _peak() -> int:
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
-
-
 def _alone(shape: Shape, chunk: int | None) -> Result:
     """What a fresh process runs: a small stage first, so that the libraries are warm."""
-    one_thread()
     small = Shape(256, shape.width, shape.dims)
     for now in (small, shape):
         result = our_stage(now) if chunk is None else rival_stage(now, chunk)
     return Result(result.cost, result.extra_bytes, result.loss, None)
-
-
-def _in_fresh_process(shape: Shape, chunk: int | None) -> Result:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_alone, (shape, chunk))
 
 
 def best_chunk(shape: Shape) -> int:
@@ -156,17 +150,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     rival_stage(shapes[0], 64)
 
     lines, speedups, memory, agreement = [], {}, 0.0, 0.0
-    began = time.perf_counter()
     for shape in shapes:
         chunk = best_chunk(shape)
         if shape == largest:
-            ours, theirs = _in_fresh_process(shape, None), _in_fresh_process(shape, chunk)
+            ours, theirs = in_fresh_process(_alone, shape, None), in_fresh_process(_alone, shape, chunk)
             memory = theirs.extra_bytes / ours.extra_bytes
         else:
             ours, theirs = our_stage(shape), rival_stage(shape, chunk)
         error = abs(ours.loss / theirs.loss - 1)
         if ours.gradient is not None and theirs.gradient is not None:
-            error = float(np.linalg.norm(ours.gradient - theirs.gradient) / np.linalg.norm(theirs.gradient))
+            error = relative_error(ours.gradient, theirs.gradient)
             agreement = max(agreement, error)
         speedups[shape] = theirs.cost.cpu / ours.cost.cpu
         lines.append(
@@ -174,12 +167,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             + [f"{r.extra_bytes / 2**20:,.0f}" if shape == largest else "-" for r in (theirs, ours)]
             + [error]
         )
-        print(f"{shape}: {speedups[shape]:.2f} times, {time.perf_counter() - began:.0f} s so far", flush=True)
+        progress(f"{shape}: {speedups[shape]:.2f} times")
     print()
     header = ["batch", "width", "dims", "rival's chunk", "rival CPU s", "our CPU s", "speedup"]
     table([*header, "rival's extra MiB", "our extra MiB", "error"], lines)
     headline = {shape.batch: speedups[shape] for shape in shapes if (shape.width, shape.dims) == HEADLINE}
-    scaled = "smaller batches (--quick): " if args.quick else ""
     common = f"width {HEADLINE[0]}, {HEADLINE[1]} dims, fp32, one thread, rival at its fastest chunk of {CHUNKS}"
     all_of_them = ", ".join(f"{batch:,}: {value:.2f}" for batch, value in headline.items())
     claims = [
@@ -189,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "times",
             "higher",
             RIVAL,
-            f"{scaled}CPU time of the loss stage, least over batches ({all_of_them}), {common}; gradients agree to "
+            f"CPU time of the loss stage, least over batches ({all_of_them}), {common}; gradients agree to "
             f"{agreement:.0e}",
         ),
         Claim(
@@ -198,11 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "times",
             "higher",
             RIVAL,
-            f"{scaled}peak extra resident memory of the loss stage in a fresh process, batch {largest.batch:,}, "
-            f"{common}",
+            f"peak extra resident memory of the loss stage in a fresh process, batch {largest.batch:,}, {common}",
         ),
     ]
-    return finish(claims, args.json)
+    return finish(claims, args)
 
 
 if __name__ == "__main__":
