@@ -153,6 +153,18 @@ def test_the_classic_scored_pairs_workflow_on_one_process(tmp_path: Path) -> Non
     assert tuned.encode(["sort a list"]).shape == (1, 384)
 
 
+def test_weighted_sources_train_the_batches_that_they_are_said_to(tmp_path: Path) -> None:
+    run_file = _run_file(tmp_path, train="  epochs: 2")
+    _pairs(tmp_path / "other.jsonl", 19, seed=2)
+    other = f"{{path: {tmp_path}/other.jsonl, weight: 1.0, prompts: {{query: 'other: '}}}}"
+    sources = f"data.sources=[{{path: {tmp_path}/train.jsonl, weight: 2.5}}, {other}]"
+    code, out, err = _finish(_start(str(run_file), sources, "data.epoch_steps=7"))
+    assert code == 0, out + err
+    assert f"batches of an epoch: 5 of {tmp_path}/train.jsonl (48 rows), 2 of {tmp_path}/other.jsonl (19 rows)" in out
+    assert "steps: 14 (7 an epoch; 3 rows of a pass over all rows do not fill a batch)" in out
+    assert [line["step"] for line in _curve(tmp_path / "run")] == list(range(1, 15))
+
+
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     weights = []

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
+from launch.config import Prompts
 from launch.errors import UserError
 from trainer.tokens import Padder, TokenCache, text_id, token_cache
 
@@ -81,6 +83,43 @@ def test_a_cache_of_other_data_prompt_or_length_is_not_used(minilm: SentenceTran
     shorter = _cache(minilm, tmp_path, rows)
     assert shorter.lengths(np.arange(20)).max() == 8
     assert len([p for p in (tmp_path / "tokens").iterdir() if p.is_dir()]) == 4
+
+
+def test_each_source_is_tokenised_with_its_own_prompts(minilm: SentenceTransformer, tmp_path: Path) -> None:
+    minilm.prompts = {"query": "find: ", "document": "text: "}
+    rows, columns = _rows(40), ["anchor", "positive", "negative"]
+    sources = [(7, None), (3, Prompts(query="which law: ")), (30, Prompts(query="", document="statute: "))]
+    cache = token_cache(rows, "f", columns, minilm, tmp_path, sources)
+    expected = {  # (query, document) by the number of the row
+        **dict.fromkeys(range(7), ("find: ", "text: ")),
+        **dict.fromkeys(range(7, 10), ("which law: ", "text: ")),
+        **dict.fromkeys(range(10, 40), (None, "statute: ")),
+    }
+    for row, (query, document) in expected.items():
+        for column, name in enumerate(columns):
+            role, prompt = ("query", query) if name == "anchor" else ("document", document)
+            (ids,) = cache.texts(np.array([row * 3 + column]))
+            own = minilm.preprocess([rows[row][name]], prompt=prompt, task=role)["input_ids"][0]
+            assert ids.tolist() == own.tolist(), (row, name)
+    token_cache(rows, "f", columns, minilm, tmp_path, [(40, None)])
+    token_cache(rows, "f", columns, minilm, tmp_path)
+    assert len([p for p in (tmp_path / "tokens").iterdir() if p.is_dir()]) == 2
+
+
+def test_prompts_of_two_lengths_are_refused_where_the_pooling_leaves_them_out(
+    minilm: SentenceTransformer, tmp_path: Path
+) -> None:
+    rows, columns = _rows(4), ["anchor", "positive", "negative"]
+    sources = [(2, Prompts(query="find: ")), (2, Prompts(query="find the law: "))]
+    assert token_cache(rows, "f", columns, minilm, tmp_path, sources).prompt_length == {"query": None, "document": None}
+    pooling: Any = minilm[1]
+    pooling.include_prompt = False
+    with pytest.raises(UserError, match="leaves the query prompt out, which works for one length") as caught:
+        token_cache(rows, "f", columns, minilm, tmp_path / "other", sources)
+    assert "\n" not in str(caught.value) and not (tmp_path / "other").exists()
+    same = [(2, Prompts(query="find: ")), (2, Prompts(query="seek: "))]
+    length = token_cache(rows, "f", columns, minilm, tmp_path, same).prompt_length["query"]
+    assert length == minilm.preprocess(["a"], prompt="find: ", task="query")["prompt_length"]
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "token_id.bin", "text_id.bin", "manifest.json"])

@@ -13,6 +13,7 @@ from data_tools.shards import Manifest, read_manifest
 from data_tools.sources import import_source
 from launch import config as schema
 from launch.errors import UserError
+from trainer.sampler import DataOrder, share_out
 
 
 def open_sources(
@@ -65,6 +66,35 @@ def _position(role: str) -> tuple[int, int]:
     order = ("anchor", "positive", "negative", "score", "label")
     name, _, number = role.partition("_")
     return order.index(name), int(number or 0)
+
+
+def data_order(config: schema.RunConfig, facts: Sequence[dict[str, Any]]) -> DataOrder:
+    """The order of the rows of a run; `facts` as `open_sources` gives them.
+
+    Raises UserError where no source fills a global batch, or where a source with a weight would never be read.
+    """
+    batch, steps = config.train.global_batch_size, config.data.epoch_steps
+    weights = [source.weight for source in config.data.sources if source.weight is not None]
+    order = DataOrder(
+        config.train.seed, batch, tuple(f["rows"] for f in facts), share_out(steps, weights) if steps else None
+    )
+    for fact, share in zip(facts, order.shares or (), strict=False):
+        if fact["rows"] < batch:
+            raise UserError(
+                f"data.sources: {fact['name']} has a weight and {fact['rows']:,} rows; allowed: at least one global "
+                f"batch of {batch:,}; lower train.global_batch_size or leave the source out"
+            )
+        if not share:
+            raise UserError(
+                f"data.epoch_steps: got {steps}, of which {fact['name']} would get none; raise it or its weight"
+            )
+    if not order.steps_per_epoch:
+        sizes = ", ".join(f"{f['name']} {f['rows']:,}" for f in facts)
+        raise UserError(
+            f"data.sources: a global batch comes from one source, and none has {batch:,} rows ({sizes}); "
+            "lower train.global_batch_size"
+        )
+    return order
 
 
 def text_columns(columns: Sequence[str]) -> list[str]:

@@ -188,9 +188,9 @@ def _begin(run: Run, prepared: Prepared, step: int) -> dict[str, Any]:
 def batch_arithmetic(run: Run, prepared: Prepared) -> list[str]:
     """The arithmetic of a run in words, printed before the first step."""
     train, exact = run.config.train, prepared.data is not None
-    columns, sizes = prepared.rows.column_names, [f["rows"] for f in prepared.facts]
-    batch, rows, processes = train.global_batch_size, sum(sizes), run.world.world_size
-    steps_per_epoch = sum(size // batch for size in sizes) if exact else rows // batch
+    columns, rows = prepared.rows.column_names, len(prepared.rows)
+    batch, processes = train.global_batch_size, run.world.world_size
+    steps_per_epoch = prepared.data.order.steps_per_epoch if exact else rows // batch
     steps = train.max_steps or math.ceil(steps_per_epoch * train.epochs)
     texts = len([c for c in columns if c not in ("score", "label")])
     lines = [f"rows: {rows:,} with columns {', '.join(columns)}"]
@@ -201,8 +201,14 @@ def batch_arithmetic(run: Run, prepared: Prepared) -> list[str]:
     else:
         lines.append(f"{spread}, {batch // processes:,} each")
         lines.append(f"step: sentence-transformers' own {run.config.loss.name}")
-    left_out = rows - steps_per_epoch * batch
-    lines.append(f"steps: {steps:,} ({steps_per_epoch:,} an epoch; {left_out:,} rows of an epoch do not fill a batch)")
+    left_out = prepared.data.order.rows_left_out if exact else rows % batch
+    once = "a pass over all rows" if run.config.data.epoch_steps else "an epoch"
+    lines.append(f"steps: {steps:,} ({steps_per_epoch:,} an epoch; {left_out:,} rows of {once} do not fill a batch)")
+    if exact and len(prepared.facts) > 1:
+        batches = zip(prepared.data.order.batches, prepared.facts, strict=True)
+        lines.append(
+            "batches of an epoch: " + ", ".join(f"{n:,} of {f['name']} ({f['rows']:,} rows)" for n, f in batches)
+        )
     return lines
 
 
