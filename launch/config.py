@@ -104,7 +104,8 @@ class Source(Section):
     """Branch, tag or commit of a data set on the hub."""
     columns: dict[str, str] | None = None
     """Which column plays which role, for example {anchor: question, positive: answer}. Roles: anchor,
-    positive, negative, negative_1, negative_2 ..., score, label. null = the columns are named by roles."""
+    positive, negative, negative_1, negative_2 ..., score, label. null = the columns are named by roles. In the exact
+    step a row may lack negatives: an empty CSV cell, null, or a key that a line of JSON leaves out (not the first)."""
     license: str | None = None
     """SPDX identifier or a sentence; goes into the data card and the bundle. null = unknown, and said so."""
 

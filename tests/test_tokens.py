@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from tokenizers import processors
 
 from launch.config import Prompts
 from launch.errors import UserError
@@ -120,6 +121,36 @@ def test_prompts_of_two_lengths_are_refused_where_the_pooling_leaves_them_out(
     same = [(2, Prompts(query="find: ")), (2, Prompts(query="seek: "))]
     length = token_cache(rows, "f", columns, minilm, tmp_path, same).prompt_length["query"]
     assert length == minilm.preprocess(["a"], prompt="find: ", task="query")["prompt_length"]
+
+
+def test_a_cell_without_a_text_is_an_empty_span(minilm: SentenceTransformer, tmp_path: Path) -> None:
+    full = _rows(9)
+    some = [None if row in (0, 3, 8) else text for row, text in enumerate(full["negative"])]
+    rows = full.remove_columns("negative").add_column("negative", some).add_column("negative_2", [None] * 9)
+    whole = _cache(minilm, tmp_path, full)
+    cache = token_cache(rows, "g", ["anchor", "positive", "negative", "negative_2"], minilm, tmp_path)
+    here = np.array([[True, True, text is not None, False] for text in some])
+    assert np.array_equal(cache.lengths(np.arange(9)) > 0, here)
+    assert not cache.token_id[~here].any() and not cache.text_id[~here].any()
+    for row, column in zip(*np.nonzero(here), strict=True):
+        assert cache.token_id[row, column] == whole.token_id[row, column]
+        assert cache.text_id[row, column] == whole.text_id[row, column]
+        ids = cache.texts(np.array([row * 4 + column]))[0], whole.texts(np.array([row * 3 + column]))[0]
+        assert np.array_equal(*ids)
+
+
+def test_a_text_without_tokens_is_an_error(minilm: SentenceTransformer, tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"], "negative": [None, "e"]})
+    # A tokenizer that adds no special tokens makes nothing of a control character.
+    minilm.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
+    columns = ["anchor", "positive", "negative"]
+    assert token_cache(rows, "f", columns, minilm, tmp_path).lengths(np.array([0, 1])).tolist() == [
+        [1, 1, 0],
+        [1, 1, 1],
+    ]
+    nothing = datasets.Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"], "negative": [None, "\x07"]})
+    with pytest.raises(UserError, match="row 2, negative: the text has no tokens; allowed: at least one"):
+        token_cache(nothing, "g", columns, minilm, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "token_id.bin", "text_id.bin", "manifest.json"])

@@ -21,7 +21,8 @@ def open_sources(
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Rows of all sources as one `datasets.Dataset`, and what each source is (name, fingerprint, rows, licence).
 
-    Raises UserError where a source cannot be read or where two sources have other columns.
+    A row without a negative that others have holds None there, be it in one source or between sources. Raises
+    UserError where a source cannot be read, or where two sources differ in other columns than negatives.
     """
     import datasets
 
@@ -39,15 +40,33 @@ def open_sources(
                 "dropped": dict(manifest.dropped),
             }
         )
-    first = parts[0].column_names
+    first = _no_negatives(parts[0])
     for source, part in zip(sources, parts, strict=True):
-        if part.column_names != first:
+        if _no_negatives(part) != first:
             raise UserError(
-                f"data.sources: all need the same columns: {sources[0].name} has {', '.join(first)}, "
-                f"{source.name} has {', '.join(part.column_names)}"
+                f"data.sources: all need the same columns, negatives apart: {sources[0].name} has {', '.join(first)}, "
+                f"{source.name} has {', '.join(_no_negatives(part))}"
             )
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    rows = rows.select_columns(sorted(rows.column_names, key=_position))
+    refuse_gaps(rows, facts, first, "allowed in negatives only")
     return rows, facts
+
+
+def refuse_gaps(rows: Any, facts: Sequence[dict[str, Any]], columns: Sequence[str], allowed: str) -> None:
+    """Raise UserError, naming source and row, where a row has nothing in one of `columns`."""
+    for column in columns:
+        cells = rows.data.column(column)
+        if cells.null_count:
+            number, source = cells.is_null().index(True).as_py(), 0
+            while number >= facts[source]["rows"]:
+                number -= facts[source]["rows"]
+                source += 1
+            raise UserError(f"{facts[source]['name']}: row {number + 1:,} has no {column}; {allowed}")
+
+
+def _no_negatives(rows: Any) -> list[str]:
+    return [column for column in rows.column_names if not column.startswith("negative")]
 
 
 def _open(folder: Path, manifest: Manifest, cache_dir: Path, datasets: Any) -> Any:

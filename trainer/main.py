@@ -89,7 +89,7 @@ def _prepare(run: Run) -> Prepared:
     """Rows, model and token cache. Processes of one node that import or tokenise the same rows wait on a lock."""
     from transformers import set_seed
 
-    from trainer.data import open_sources
+    from trainer.data import open_sources, refuse_gaps
     from trainer.exact_step import tokenise
     from trainer.model import freeze_unused, load_model
     from trainer.objective import check_arguments, is_exact
@@ -100,6 +100,9 @@ def _prepare(run: Run) -> Prepared:
         check_arguments(config)
     with run.clock.phase("data"):
         rows, facts = open_sources(config.data.sources, cache_dir, config.data.max_rows)
+        if not exact:
+            only = f"{config.loss.name} in sentence-transformers' own code needs every column in every row"
+            refuse_gaps(rows, facts, rows.column_names, only)
         held_out = open_sources(config.evaluate.sources, cache_dir)[0] if config.evaluate else None
     refuse_other_data(run.run_dir, facts)
     if len(rows) < config.train.global_batch_size:
@@ -196,7 +199,8 @@ def batch_arithmetic(run: Run, prepared: Prepared) -> list[str]:
     lines = [f"rows: {rows:,} with columns {', '.join(columns)}"]
     spread = f"global batch: {batch:,} rows over {processes} process(es)"
     if exact:
-        lines.append(f"{spread}, {batch * (texts - 1) - 1:,} negatives per anchor before masks")
+        most = "up to " if any(prepared.rows.data.column(c).null_count for c in columns) else ""
+        lines.append(f"{spread}, {most}{batch * (texts - 1) - 1:,} negatives per anchor before masks")
         lines.append(f"step: exact, micro-batches of up to {train.micro_batch_tokens:,} tokens")
     else:
         lines.append(f"{spread}, {batch // processes:,} each")

@@ -3,8 +3,9 @@
 Files of one cache folder, all for `rows` x `columns` texts in row-major order (text number = row * columns +
 column): `ids.bin` int32 token ids without padding, `offsets.bin` int64 start of each text in ids (one more than
 texts), `token_id.bin` and `text_id.bin` uint64. `token_id` is a hash of role and final token ids and decides what is
-embedded once; `text_id` is a hash of the normalised text and decides masks. A cache is keyed by tokenizer, prompts,
-maximal lengths and data; one whose files differ from its manifest is built again.
+embedded once; `text_id` is a hash of the normalised text and decides masks. A cell without a text has length 0 and
+identities 0. A cache is keyed by tokenizer, prompts, maximal lengths and data; one whose files differ from its
+manifest is built again.
 """
 
 import json
@@ -229,18 +230,21 @@ def _build(
                 for i, text in enumerate(texts):
                     if not len(text):
                         row, column = divmod(i, len(columns))
-                        raise UserError(
-                            f"row {start + row + 1}, {columns[column]}: the text has no tokens; allowed: at least one"
-                        )
+                        if batch[columns[column]][row] is not None:
+                            name = columns[column]
+                            raise UserError(
+                                f"row {start + row + 1}, {name}: the text has no tokens; allowed: at least one"
+                            )
                 offsets = end + np.cumsum([len(t) for t in texts], dtype=np.int64)
                 end = int(offsets[-1])
                 np.concatenate(texts).tofile(files["ids"])
                 offsets.tofile(files["offsets"])
                 seeds = [role_of(column) == "query" for column in columns] * len(by_column[0])
-                tokens = (xxhash.xxh3_64_intdigest(t.tobytes(), int(s)) for t, s in zip(texts, seeds, strict=True))
+                hashed = zip(texts, seeds, strict=True)
+                tokens = (xxhash.xxh3_64_intdigest(t.tobytes(), int(s)) if len(t) else 0 for t, s in hashed)
                 np.fromiter(tokens, np.uint64).tofile(files["token_id"])
-                normal = (text_id(batch[column][i]) for i in range(len(by_column[0])) for column in columns)
-                np.fromiter(normal, np.uint64).tofile(files["text_id"])
+                words = (batch[column][i] for i in range(len(by_column[0])) for column in columns)
+                np.fromiter((0 if w is None else text_id(w) for w in words), np.uint64).tofile(files["text_id"])
                 progress.to(stop)
         for file in files.values():
             file.close()
@@ -262,8 +266,14 @@ def _slices(parts: Sequence[Part]) -> Iterator[tuple[int, int, dict[Role, str | 
             yield first, min(end, first + _ROWS_AT_ONCE), prompts
 
 
-def _tokenise(texts: Sequence[str], role: Role, model: SentenceTransformer, prompt: str | None) -> list[np.ndarray]:
-    """Final token ids as the model's own preprocessing makes them, prompt included, padding taken off."""
+def _tokenise(
+    texts: Sequence[str | None], role: Role, model: SentenceTransformer, prompt: str | None
+) -> list[np.ndarray]:
+    """Final token ids as the model's own preprocessing makes them, prompt included, padding taken off; none of None."""
+    if None in texts:
+        present = [text for text in texts if text is not None]
+        found = iter(_tokenise(present, role, model, prompt) if present else ())
+        return [np.empty(0, np.int32) if text is None else next(found) for text in texts]
     features = model.preprocess(list(texts), prompt=prompt, task=role)
     ids = features["input_ids"].numpy().astype(np.int32)
     mask = features["attention_mask"].numpy().astype(bool)
