@@ -79,6 +79,10 @@ def test_sources_with_different_negatives_are_one_set_of_rows(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"hard\.jsonl: row 2 has no negative_2; TripletLoss"):
         refuse_gaps(alone, facts, alone.column_names, "TripletLoss needs all")
     refuse_gaps(alone, facts, ["anchor", "positive", "negative_1"], "")
+    full = _write(tmp_path / "full.jsonl", [hard[0], hard[2]])
+    with pytest.raises(UserError, match=r"pairs\.jsonl: row 1 has no negative_1; TripletLoss"):
+        both, facts = open_sources([full, sources[0]], tmp_path / "cache")
+        refuse_gaps(both, facts, both.column_names, "TripletLoss needs all")
 
 
 def test_other_columns_must_agree_and_be_whole(tmp_path: Path) -> None:
