@@ -152,12 +152,12 @@ class ShardWriter:
         return self
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Add one row with a value of the right type for every column."""
+        """Add one row with a value of the right type, or None, for every column."""
         for name, kind in self._columns.items():
             value = row[name]
             self._group[name].append(value)
-            data = _value_bytes(value, kind)
-            self._values[name].update(b"%d:" % len(data) + data)
+            data = b"" if value is None else _value_bytes(value, kind)
+            self._values[name].update(b"-" if value is None else b"%d:" % len(data) + data)
             self._group_bytes += len(data)
         self.rows += 1
         self._group_rows += 1

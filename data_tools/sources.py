@@ -166,11 +166,15 @@ class _Checker:
         if self._by_name and not row.keys() <= self._usual:
             new = row.keys() - self._usual
             if stray := sorted(name for name in new if ROLE.fullmatch(name)):
-                raise ValueError(f"got a column {stray[0]!r} that the first row does not have; allowed: in all rows")
+                raise ValueError(
+                    f"got a column {stray[0]!r} that the first row does not have; write it there too, null for none"
+                )
             self._usual |= new
         return {role: self._value(role, column, row) for role, column in self._roles.items()}
 
     def _value(self, role: str, column: str, row: Mapping[str, Any]) -> Any:
+        if role.startswith("negative") and row.get(column) in (None, ""):
+            return None  # the row has no such negative
         name = role if role == column else f"{role} (column {column!r})"
         if column not in row:
             raise ValueError(f"{name}: missing; got the columns {', '.join(map(repr, row))}")

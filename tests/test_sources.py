@@ -119,6 +119,50 @@ def test_same_rows_have_one_fingerprint_and_a_changed_cell_another(tmp_path):
     assert len(prints) == 6
 
 
+GAPS = [
+    {"anchor": "a", "positive": "b", "negative_1": "c", "negative_2": "d"},
+    {"anchor": "e", "positive": "f", "negative_1": None, "negative_2": "g"},
+    {"anchor": "h", "positive": "i", "negative_1": "j", "negative_2": None},
+    {"anchor": "k", "positive": "l", "negative_1": None, "negative_2": None},
+]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "absent.jsonl", "empty.jsonl", "a.csv", "a.tsv", "a.parquet", "saved"])
+def test_rows_may_lack_negatives_in_every_kind_of_source(tmp_path, name):
+    import datasets
+
+    path = tmp_path / name
+    if name == "saved":
+        datasets.Dataset.from_list(GAPS).save_to_disk(path)
+    elif name == "absent.jsonl":
+        write(path, [{k: v for k, v in row.items() if v is not None} for row in GAPS])
+    else:
+        write(path, [{k: "" if v is None and "empty" in name else v for k, v in row.items()} for row in GAPS])
+    folder = bring(path)
+    assert read(folder) == GAPS
+    again = bring(folder, columns={"anchor": "anchor", "positive": "positive", "negative": "negative_2"})
+    assert [row["negative"] for row in read(again)] == ["d", "g", None, None]
+    full = bring(
+        write(tmp_path / "full.jsonl", [{k: v or "" for k, v in row.items()} | {"negative_2": "x"} for row in GAPS])
+    )
+    assert read_manifest(full).fingerprint != read_manifest(folder).fingerprint
+
+
+def test_where_a_negative_is_missing_is_part_of_the_fingerprint(tmp_path):
+    columns = [["x", None, "y"], ["x", "y", None], [None, "x", "y"], ["x", "y"], ["x", "-y"], ["x-", "y"]]
+    prints = set()
+    for i, negatives in enumerate(columns):
+        path = tmp_path / f"{i}.parquet"
+        pq.write_table(pa.table({"anchor": ["a"] * len(negatives), "negative": negatives}), path)
+        prints.add(read_manifest(bring(path)).fingerprint)
+    assert len(prints) == len(columns)
+
+
+def test_a_blank_negative_is_an_error(tmp_path):
+    told = refused(write(tmp_path / "n.jsonl", [GAPS[0], {**GAPS[1], "negative_2": " "}]))
+    assert "n.jsonl:2: negative_2: got ' ' (empty), allowed: text that is not empty" in told[0]
+
+
 def test_roles_numbers_and_mapping(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"q": "a", "d": "b", "n": "c", "s": 1, "x": None}] * 2)
     folder = bring(path, columns={"anchor": "q", "positive": "d", "negative_1": "n", "score": "s"})
@@ -242,7 +286,7 @@ BAD_ROWS = [
         b'{"anchor": "a", "positive": "\\ud83d"}',
         r"b\.jsonl:3: positive: got half a surrogate pair",
     ),
-    ("b.jsonl", b'{"anchor": "a", "positive": "b", "negative": "c"}', r"b\.jsonl:3: got a column 'negative'"),
+    ("b.jsonl", b'{"anchor": "a", "positive": "b", "negative": "c"}', r"b\.jsonl:3: got a column 'negative'.*null for"),
     ("b.jsonl", b"[" * 100_000, r"b\.jsonl:3: broken JSON"),
     ("b.csv", b"a,b,c", r"b\.csv:3: got 3 fields, allowed: 2"),
     ("b.csv", b"a", r"b\.csv:3: got 1 fields, allowed: 2"),

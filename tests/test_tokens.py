@@ -4,13 +4,16 @@ import os
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from tokenizers import processors
 
+from launch.config import Prompts
 from launch.errors import UserError
 from trainer.tokens import Padder, TokenCache, text_id, token_cache
 
@@ -81,6 +84,73 @@ def test_a_cache_of_other_data_prompt_or_length_is_not_used(minilm: SentenceTran
     shorter = _cache(minilm, tmp_path, rows)
     assert shorter.lengths(np.arange(20)).max() == 8
     assert len([p for p in (tmp_path / "tokens").iterdir() if p.is_dir()]) == 4
+
+
+def test_each_source_is_tokenised_with_its_own_prompts(minilm: SentenceTransformer, tmp_path: Path) -> None:
+    minilm.prompts = {"query": "find: ", "document": "text: "}
+    rows, columns = _rows(40), ["anchor", "positive", "negative"]
+    sources = [(7, None), (3, Prompts(query="which law: ")), (30, Prompts(query="", document="statute: "))]
+    cache = token_cache(rows, "f", columns, minilm, tmp_path, sources)
+    expected = {  # (query, document) by the number of the row
+        **dict.fromkeys(range(7), ("find: ", "text: ")),
+        **dict.fromkeys(range(7, 10), ("which law: ", "text: ")),
+        **dict.fromkeys(range(10, 40), (None, "statute: ")),
+    }
+    for row, (query, document) in expected.items():
+        for column, name in enumerate(columns):
+            role, prompt = ("query", query) if name == "anchor" else ("document", document)
+            (ids,) = cache.texts(np.array([row * 3 + column]))
+            own = minilm.preprocess([rows[row][name]], prompt=prompt, task=role)["input_ids"][0]
+            assert ids.tolist() == own.tolist(), (row, name)
+    token_cache(rows, "f", columns, minilm, tmp_path, [(40, None)])
+    token_cache(rows, "f", columns, minilm, tmp_path)
+    assert len([p for p in (tmp_path / "tokens").iterdir() if p.is_dir()]) == 2
+
+
+def test_prompts_of_two_lengths_are_refused_where_the_pooling_leaves_them_out(
+    minilm: SentenceTransformer, tmp_path: Path
+) -> None:
+    rows, columns = _rows(4), ["anchor", "positive", "negative"]
+    sources = [(2, Prompts(query="find: ")), (2, Prompts(query="find the law: "))]
+    assert token_cache(rows, "f", columns, minilm, tmp_path, sources).prompt_length == {"query": None, "document": None}
+    pooling: Any = minilm[1]
+    pooling.include_prompt = False
+    with pytest.raises(UserError, match="leaves the query prompt out, which works for one length") as caught:
+        token_cache(rows, "f", columns, minilm, tmp_path / "other", sources)
+    assert "\n" not in str(caught.value) and not (tmp_path / "other").exists()
+    same = [(2, Prompts(query="find: ")), (2, Prompts(query="seek: "))]
+    length = token_cache(rows, "f", columns, minilm, tmp_path, same).prompt_length["query"]
+    assert length == minilm.preprocess(["a"], prompt="find: ", task="query")["prompt_length"]
+
+
+def test_a_cell_without_a_text_is_an_empty_span(minilm: SentenceTransformer, tmp_path: Path) -> None:
+    full = _rows(9)
+    some = [None if row in (0, 3, 8) else text for row, text in enumerate(full["negative"])]
+    rows = full.remove_columns("negative").add_column("negative", some).add_column("negative_2", [None] * 9)
+    whole = _cache(minilm, tmp_path, full)
+    cache = token_cache(rows, "g", ["anchor", "positive", "negative", "negative_2"], minilm, tmp_path)
+    here = np.array([[True, True, text is not None, False] for text in some])
+    assert np.array_equal(cache.lengths(np.arange(9)) > 0, here)
+    assert not cache.token_id[~here].any() and not cache.text_id[~here].any()
+    for row, column in zip(*np.nonzero(here), strict=True):
+        assert cache.token_id[row, column] == whole.token_id[row, column]
+        assert cache.text_id[row, column] == whole.text_id[row, column]
+        ids = cache.texts(np.array([row * 4 + column]))[0], whole.texts(np.array([row * 3 + column]))[0]
+        assert np.array_equal(*ids)
+
+
+def test_a_text_without_tokens_is_an_error(minilm: SentenceTransformer, tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"], "negative": [None, "e"]})
+    # A tokenizer that adds no special tokens makes nothing of a control character.
+    minilm.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
+    columns = ["anchor", "positive", "negative"]
+    assert token_cache(rows, "f", columns, minilm, tmp_path).lengths(np.array([0, 1])).tolist() == [
+        [1, 1, 0],
+        [1, 1, 1],
+    ]
+    nothing = datasets.Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"], "negative": [None, "\x07"]})
+    with pytest.raises(UserError, match="row 2, negative: the text has no tokens; allowed: at least one"):
+        token_cache(nothing, "g", columns, minilm, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "token_id.bin", "text_id.bin", "manifest.json"])

@@ -13,6 +13,7 @@ from data_tools.shards import Manifest, read_manifest
 from data_tools.sources import import_source
 from launch import config as schema
 from launch.errors import UserError
+from trainer.sampler import DataOrder, share_out
 
 
 def open_sources(
@@ -20,7 +21,8 @@ def open_sources(
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Rows of all sources as one `datasets.Dataset`, and what each source is (name, fingerprint, rows, licence).
 
-    Raises UserError where a source cannot be read or where two sources have other columns.
+    A row without a negative that others have holds None there, be it in one source or between sources. Raises
+    UserError where a source cannot be read, or where two sources differ in other columns than negatives.
     """
     import datasets
 
@@ -38,15 +40,33 @@ def open_sources(
                 "dropped": dict(manifest.dropped),
             }
         )
-    first = parts[0].column_names
+    first = _no_negatives(parts[0])
     for source, part in zip(sources, parts, strict=True):
-        if part.column_names != first:
+        if _no_negatives(part) != first:
             raise UserError(
-                f"data.sources: all need the same columns: {sources[0].name} has {', '.join(first)}, "
-                f"{source.name} has {', '.join(part.column_names)}"
+                f"data.sources: all need the same columns, negatives apart: {sources[0].name} has {', '.join(first)}, "
+                f"{source.name} has {', '.join(_no_negatives(part))}"
             )
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    rows = rows.select_columns(sorted(rows.column_names, key=_position))
+    refuse_gaps(rows, facts, first, "allowed in negatives only")
     return rows, facts
+
+
+def refuse_gaps(rows: Any, facts: Sequence[dict[str, Any]], columns: Sequence[str], allowed: str) -> None:
+    """Raise UserError, naming source and row, where a row has nothing in one of `columns`."""
+    for column in columns:
+        cells = rows.data.column(column)
+        if cells.null_count:
+            number, source = cells.is_null().index(True).as_py(), 0
+            while number >= facts[source]["rows"]:
+                number -= facts[source]["rows"]
+                source += 1
+            raise UserError(f"{facts[source]['name']}: row {number + 1:,} has no {column}; {allowed}")
+
+
+def _no_negatives(rows: Any) -> list[str]:
+    return [column for column in rows.column_names if not column.startswith("negative")]
 
 
 def _open(folder: Path, manifest: Manifest, cache_dir: Path, datasets: Any) -> Any:
@@ -65,6 +85,35 @@ def _position(role: str) -> tuple[int, int]:
     order = ("anchor", "positive", "negative", "score", "label")
     name, _, number = role.partition("_")
     return order.index(name), int(number or 0)
+
+
+def data_order(config: schema.RunConfig, facts: Sequence[dict[str, Any]]) -> DataOrder:
+    """The order of the rows of a run; `facts` as `open_sources` gives them.
+
+    Raises UserError where no source fills a global batch, or where a source with a weight would never be read.
+    """
+    batch, steps = config.train.global_batch_size, config.data.epoch_steps
+    weights = [source.weight for source in config.data.sources if source.weight is not None]
+    order = DataOrder(
+        config.train.seed, batch, tuple(f["rows"] for f in facts), share_out(steps, weights) if steps else None
+    )
+    for fact, share in zip(facts, order.shares or (), strict=False):
+        if fact["rows"] < batch:
+            raise UserError(
+                f"data.sources: {fact['name']} has a weight and {fact['rows']:,} rows; allowed: at least one global "
+                f"batch of {batch:,}; lower train.global_batch_size or leave the source out"
+            )
+        if not share:
+            raise UserError(
+                f"data.epoch_steps: got {steps}, of which {fact['name']} would get none; raise it or its weight"
+            )
+    if not order.steps_per_epoch:
+        sizes = ", ".join(f"{f['name']} {f['rows']:,}" for f in facts)
+        raise UserError(
+            f"data.sources: a global batch comes from one source, and none has {batch:,} rows ({sizes}); "
+            "lower train.global_batch_size"
+        )
+    return order
 
 
 def text_columns(columns: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from launch.errors import UserError
 from launch.world import World
 from trainer import collectives
 from trainer.batching import Plan
-from trainer.data import text_columns
+from trainer.data import data_order, text_columns
 from trainer.engines import DDP, Engine, Single
 from trainer.gradcache import GradCache, StepAbandoned
 from trainer.loader import Batch, BatchFeatures, Steps
@@ -41,18 +41,13 @@ class Tokenised:
 def tokenise(config: RunConfig, rows: Any, facts: list[dict[str, Any]], model: SentenceTransformer) -> Tokenised:
     """Token cache and data order of a run. Every process may call; one of a node builds, the others wait.
 
-    Raises UserError where no source fills one global batch.
+    Raises UserError as `data_order` and `token_cache` do.
     """
+    order = data_order(config, facts)
     fingerprint = "+".join(f["fingerprint"] for f in facts)
-    cache = token_cache(rows, fingerprint, text_columns(rows.column_names), model, Path(config.data.cache_dir))
-    order = DataOrder(config.train.seed, config.train.global_batch_size, tuple(f["rows"] for f in facts))
-    if not order.steps_per_epoch:
-        sizes = ", ".join(f"{f['name']} {f['rows']:,}" for f in facts)
-        raise UserError(
-            f"data.sources: a global batch comes from one source, and none has {config.train.global_batch_size:,} rows "
-            f"({sizes}); lower train.global_batch_size"
-        )
-    return Tokenised(cache, order)
+    parts = [(fact["rows"], source.prompts) for fact, source in zip(facts, config.data.sources, strict=True)]
+    columns, cache_dir = text_columns(rows.column_names), Path(config.data.cache_dir)
+    return Tokenised(token_cache(rows, fingerprint, columns, model, cache_dir, parts), order)
 
 
 class ExactStep:

@@ -89,7 +89,7 @@ def _prepare(run: Run) -> Prepared:
     """Rows, model and token cache. Processes of one node that import or tokenise the same rows wait on a lock."""
     from transformers import set_seed
 
-    from trainer.data import open_sources
+    from trainer.data import open_sources, refuse_gaps
     from trainer.exact_step import tokenise
     from trainer.model import freeze_unused, load_model
     from trainer.objective import check_arguments, is_exact
@@ -100,6 +100,9 @@ def _prepare(run: Run) -> Prepared:
         check_arguments(config)
     with run.clock.phase("data"):
         rows, facts = open_sources(config.data.sources, cache_dir, config.data.max_rows)
+        if not exact:
+            only = f"{config.loss.name} in sentence-transformers' own code needs every column in every row"
+            refuse_gaps(rows, facts, rows.column_names, only)
         held_out = open_sources(config.evaluate.sources, cache_dir)[0] if config.evaluate else None
     refuse_other_data(run.run_dir, facts)
     if len(rows) < config.train.global_batch_size:
@@ -188,21 +191,28 @@ def _begin(run: Run, prepared: Prepared, step: int) -> dict[str, Any]:
 def batch_arithmetic(run: Run, prepared: Prepared) -> list[str]:
     """The arithmetic of a run in words, printed before the first step."""
     train, exact = run.config.train, prepared.data is not None
-    columns, sizes = prepared.rows.column_names, [f["rows"] for f in prepared.facts]
-    batch, rows, processes = train.global_batch_size, sum(sizes), run.world.world_size
-    steps_per_epoch = sum(size // batch for size in sizes) if exact else rows // batch
+    columns, rows = prepared.rows.column_names, len(prepared.rows)
+    batch, processes = train.global_batch_size, run.world.world_size
+    steps_per_epoch = prepared.data.order.steps_per_epoch if exact else rows // batch
     steps = train.max_steps or math.ceil(steps_per_epoch * train.epochs)
     texts = len([c for c in columns if c not in ("score", "label")])
     lines = [f"rows: {rows:,} with columns {', '.join(columns)}"]
     spread = f"global batch: {batch:,} rows over {processes} process(es)"
     if exact:
-        lines.append(f"{spread}, {batch * (texts - 1) - 1:,} negatives per anchor before masks")
+        most = "up to " if any(prepared.rows.data.column(c).null_count for c in columns) else ""
+        lines.append(f"{spread}, {most}{batch * (texts - 1) - 1:,} negatives per anchor before masks")
         lines.append(f"step: exact, micro-batches of up to {train.micro_batch_tokens:,} tokens")
     else:
         lines.append(f"{spread}, {batch // processes:,} each")
         lines.append(f"step: sentence-transformers' own {run.config.loss.name}")
-    left_out = rows - steps_per_epoch * batch
-    lines.append(f"steps: {steps:,} ({steps_per_epoch:,} an epoch; {left_out:,} rows of an epoch do not fill a batch)")
+    left_out = prepared.data.order.rows_left_out if exact else rows % batch
+    once = "a pass over all rows" if run.config.data.epoch_steps else "an epoch"
+    lines.append(f"steps: {steps:,} ({steps_per_epoch:,} an epoch; {left_out:,} rows of {once} do not fill a batch)")
+    if exact and len(prepared.facts) > 1:
+        batches = zip(prepared.data.order.batches, prepared.facts, strict=True)
+        lines.append(
+            "batches of an epoch: " + ", ".join(f"{n:,} of {f['name']} ({f['rows']:,} rows)" for n, f in batches)
+        )
     return lines
 
 

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from launch.config import RunConfig
+from launch.config import EXACT_LOSSES, RunConfig
 from launch.errors import UserError
 from trainer.infonce import Objective
 from trainer.targets import Scoring
 
-SYMMETRIC = "CachedMultipleNegativesSymmetricRankingLoss"
-EXACT_LOSSES = ("CachedMultipleNegativesRankingLoss", SYMMETRIC)
+SYMMETRIC = EXACT_LOSSES[1]
 # Other values of these arguments are other losses.
 _COMPUTED: dict[str, Any] = {
     "similarity_fct": "cos_sim",

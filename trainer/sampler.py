@@ -6,8 +6,9 @@ permutation of exactly `size` numbers by cycle walking (Black and Rogaway, 2002)
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -45,26 +46,45 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def share_out(steps: int, weights: Sequence[float]) -> tuple[int, ...]:
+    """Steps of each source, in proportion to `weights` (> 0) by the largest remainder; they sum to `steps`."""
+    exact = [Fraction(weight) * steps / sum(map(Fraction, weights)) for weight in weights]
+    whole = [int(share) for share in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda i: whole[i] - exact[i])  # of equal ones the first
+    for i in by_remainder[: steps - sum(whole)]:
+        whole[i] += 1
+    return tuple(whole)
+
+
 @dataclass(frozen=True)
 class DataOrder:
-    """The order of all rows: an epoch takes every row once, and each global batch comes from one source.
+    """The order of all rows; each global batch comes from one source.
 
-    Rows are numbered over all sources, one after the other; `sizes` holds the rows of each source. What does
-    not fill a batch of its source is left out of that epoch; another epoch leaves out other rows.
+    Rows are numbered over all sources, one after the other; `sizes` holds the rows of each source. A source is an
+    endless stream of batches, pass after pass over its rows, each pass in another order; what does not fill a batch
+    is left out of that pass. An epoch takes the next batches of each stream, in a shuffled order: one pass of every
+    source, or as many batches as `shares` says by source. So a source's rows come once before any comes again, but
+    where one epoch holds the end of a pass and the beginning of the next, their batches are mixed.
     """
 
     seed: int
     global_batch_size: int
     sizes: tuple[int, ...]
+    shares: tuple[int, ...] | None = None
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Global batches of an epoch by source."""
+        return self.shares or tuple(size // self.global_batch_size for size in self.sizes)
 
     @property
     def steps_per_epoch(self) -> int:
         """Global batches of an epoch; 0 if no source fills one."""
-        return sum(size // self.global_batch_size for size in self.sizes)
+        return sum(self.batches)
 
     @property
     def rows_left_out(self) -> int:
-        """Rows that an epoch leaves out, for the log."""
+        """Rows that a pass over all sources leaves out, for the log."""
         return sum(size % self.global_batch_size for size in self.sizes)
 
     def rows_of_step(self, epoch: int, step: int) -> np.ndarray:
@@ -73,11 +93,14 @@ class DataOrder:
         assert 0 <= step < steps, f"step {step} of an epoch of {steps}"
         batch = int(permute(np.array([step]), steps, self.seed, epoch, "schedule")[0])
         source = 0
-        while batch >= self.sizes[source] // self.global_batch_size:
-            batch -= self.sizes[source] // self.global_batch_size
+        while batch >= self.batches[source]:
+            batch -= self.batches[source]
             source += 1
-        positions = batch * self.global_batch_size + np.arange(self.global_batch_size)
-        return sum(self.sizes[:source]) + permute(positions, self.sizes[source], self.seed, epoch, source)
+        size = self.sizes[source]
+        # Batch number of the source's stream -> which pass over its rows, and where in it.
+        number, within = divmod(epoch * self.batches[source] + batch, size // self.global_batch_size)
+        positions = within * self.global_batch_size + np.arange(self.global_batch_size)
+        return sum(self.sizes[:source]) + permute(positions, size, self.seed, number, source)
 
 
 class StepNumbers:

@@ -3,14 +3,15 @@
 Files of one cache folder, all for `rows` x `columns` texts in row-major order (text number = row * columns +
 column): `ids.bin` int32 token ids without padding, `offsets.bin` int64 start of each text in ids (one more than
 texts), `token_id.bin` and `text_id.bin` uint64. `token_id` is a hash of role and final token ids and decides what is
-embedded once; `text_id` is a hash of the normalised text and decides masks. A cache is keyed by tokenizer, prompts,
-maximal lengths and data; one whose files differ from its manifest is built again.
+embedded once; `text_id` is a hash of the normalised text and decides masks. A cell without a text has length 0 and
+identities 0. A cache is keyed by tokenizer, prompts, maximal lengths and data; one whose files differ from its
+manifest is built again.
 """
 
 import json
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ import numpy as np
 import torch
 import xxhash
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 from data_tools.progress import Progress
+from launch.config import Prompts
 from launch.errors import UserError
 from launch.files import exclusive, publish_folder, remove_folder, write_json
 from trainer.model import ROLES, Role, max_length_of, prompt_of
@@ -98,26 +101,45 @@ class Padder:
         return {name: tensor.to(device, non_blocking=True) for name, tensor in features.items()} | {"modality": "text"}
 
 
+# Rows that one source has, and its prompts by role.
+Part = tuple[int, dict[Role, str | None]]
+
+
 def token_cache(
-    rows: Any, fingerprint: str, columns: Sequence[str], model: SentenceTransformer, cache_dir: Path
+    rows: Any,
+    fingerprint: str,
+    columns: Sequence[str],
+    model: SentenceTransformer,
+    cache_dir: Path,
+    sources: Sequence[tuple[int, Prompts | None]] = (),
 ) -> TokenCache:
     """Open the cache of these rows for this model, building it first where there is none that is whole.
 
-    `rows` is a `datasets.Dataset` with the text `columns`; `fingerprint` stands for its content. Call it before the
-    process group exists: the first process of a node builds, the others wait on a file lock. Raises UserError for a
-    text that has no tokens.
+    `rows` is a `datasets.Dataset` with the text `columns`; `fingerprint` stands for its content; `sources` says how
+    many of its rows come from each source, and which prompts replace the model's there. Call it before the process
+    group exists: the first process of a node builds, the others wait on a file lock. Raises UserError for a text that
+    has no tokens, and for prompts that a pooling which leaves them out cannot tell apart.
     """
-    facts = _facts(fingerprint, columns, model)
+    parts: list[Part] = []
+    for count, prompts in sources or [(len(rows), None)]:
+        own = {role: getattr(prompts, role, None) for role in ROLES}
+        parts.append(
+            (count, {role: prompt_of(model, role) if (p := own[role]) is None else p or None for role in ROLES})
+        )
+    prompt_length = _prompt_lengths(model, parts)
+    facts = _facts(fingerprint, columns, model, parts)
     key = xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
     folder = cache_dir / "tokens" / key
     with exclusive(cache_dir / "tokens" / f".{key}.lock"):
         if not _is_whole(folder, facts):
             remove_folder(folder)
-            _build(folder, facts, rows, columns, model)
-    return _open(folder, list(columns), _prompt_lengths(model))
+            _build(folder, facts, rows, columns, model, parts)
+    return _open(folder, list(columns), prompt_length)
 
 
-def _facts(fingerprint: str, columns: Sequence[str], model: SentenceTransformer) -> dict[str, Any]:
+def _facts(
+    fingerprint: str, columns: Sequence[str], model: SentenceTransformer, parts: Sequence[Part]
+) -> dict[str, Any]:
     backend = getattr(model.tokenizer, "backend_tokenizer", None)
     words = repr(model.tokenizer)
     if backend is not None:
@@ -131,16 +153,24 @@ def _facts(fingerprint: str, columns: Sequence[str], model: SentenceTransformer)
         "columns": list(columns),
         "tokenizer": xxhash.xxh3_128_hexdigest(words.encode()),
         "max_length": {role: max_length_of(model, role) for role in ROLES},
-        "prompts": {role: prompt_of(model, role) for role in ROLES},
+        "prompts": [prompts for _, prompts in parts],
     }
 
 
-def _prompt_lengths(model: SentenceTransformer) -> dict[str, int | None]:
+def _prompt_lengths(model: SentenceTransformer, parts: Sequence[Part]) -> dict[str, int | None]:
+    """By role; where sources differ, None for a pooling that never asks."""
     lengths: dict[str, int | None] = {}
     for role in ROLES:
-        prompt = prompt_of(model, role)
-        length = model.preprocess(["a"], prompt=prompt, task=role).get("prompt_length") if prompt else None
-        lengths[role] = None if length is None else int(length)
+        found = set()
+        for prompt in {prompts[role] for _, prompts in parts}:
+            length = model.preprocess(["a"], prompt=prompt, task=role).get("prompt_length") if prompt else None
+            found.add(None if length is None else int(length))
+        if len(found) > 1 and any(isinstance(m, Pooling) and not m.include_prompt for m in model):
+            raise UserError(
+                f"data.sources[].prompts: the model's pooling leaves the {role} prompt out, which works for one length "
+                "of prompt only; allowed: prompts of equally many tokens in all sources"
+            )
+        lengths[role] = found.pop() if len(found) == 1 else None
     return lengths
 
 
@@ -175,7 +205,14 @@ def _open(folder: Path, columns: list[str], prompt_length: dict[str, int | None]
     )
 
 
-def _build(folder: Path, facts: dict[str, Any], rows: Any, columns: Sequence[str], model: SentenceTransformer) -> None:
+def _build(
+    folder: Path,
+    facts: dict[str, Any],
+    rows: Any,
+    columns: Sequence[str],
+    model: SentenceTransformer,
+    parts: Sequence[Part],
+) -> None:
     partial = folder.with_name(f".partial-{folder.name}")
     remove_folder(partial)
     partial.mkdir(parents=True)
@@ -186,26 +223,29 @@ def _build(folder: Path, facts: dict[str, Any], rows: Any, columns: Sequence[str
         with Progress("tokenising", len(rows), "rows") as progress:
             np.zeros(1, np.int64).tofile(files["offsets"])
             end = 0
-            for start in range(0, len(rows), _ROWS_AT_ONCE):
-                batch = rows[start : start + _ROWS_AT_ONCE]
-                by_column = [_tokenise(batch[column], column, model) for column in columns]
+            for start, stop, prompts in _slices(parts):
+                batch = rows[start:stop]
+                by_column = [_tokenise(batch[c], role_of(c), model, prompts[role_of(c)]) for c in columns]
                 texts = [column[i] for i in range(len(by_column[0])) for column in by_column]
                 for i, text in enumerate(texts):
                     if not len(text):
                         row, column = divmod(i, len(columns))
-                        raise UserError(
-                            f"row {start + row + 1}, {columns[column]}: the text has no tokens; allowed: at least one"
-                        )
+                        if batch[columns[column]][row] is not None:
+                            name = columns[column]
+                            raise UserError(
+                                f"row {start + row + 1}, {name}: the text has no tokens; allowed: at least one"
+                            )
                 offsets = end + np.cumsum([len(t) for t in texts], dtype=np.int64)
                 end = int(offsets[-1])
                 np.concatenate(texts).tofile(files["ids"])
                 offsets.tofile(files["offsets"])
                 seeds = [role_of(column) == "query" for column in columns] * len(by_column[0])
-                tokens = (xxhash.xxh3_64_intdigest(t.tobytes(), int(s)) for t, s in zip(texts, seeds, strict=True))
+                hashed = zip(texts, seeds, strict=True)
+                tokens = (xxhash.xxh3_64_intdigest(t.tobytes(), int(s)) if len(t) else 0 for t, s in hashed)
                 np.fromiter(tokens, np.uint64).tofile(files["token_id"])
-                normal = (text_id(batch[column][i]) for i in range(len(by_column[0])) for column in columns)
-                np.fromiter(normal, np.uint64).tofile(files["text_id"])
-                progress.to(start + len(by_column[0]))
+                words = (batch[column][i] for i in range(len(by_column[0])) for column in columns)
+                np.fromiter((0 if w is None else text_id(w) for w in words), np.uint64).tofile(files["text_id"])
+                progress.to(stop)
         for file in files.values():
             file.close()
         write_json(partial / MANIFEST, {"facts": facts, "files": {n: _hash(partial / f"{n}.bin") for n in _FILES}})
@@ -217,10 +257,24 @@ def _build(folder: Path, facts: dict[str, Any], rows: Any, columns: Sequence[str
         remove_folder(partial)
 
 
-def _tokenise(texts: Sequence[str], column: str, model: SentenceTransformer) -> list[np.ndarray]:
-    """Final token ids as the model's own preprocessing makes them, prompt included, padding taken off."""
-    role = role_of(column)
-    features = model.preprocess(list(texts), prompt=prompt_of(model, role), task=role)
+def _slices(parts: Sequence[Part]) -> Iterator[tuple[int, int, dict[Role, str | None]]]:
+    """Runs of rows that are tokenised together: first row, row after the last, prompts."""
+    end = 0
+    for count, prompts in parts:
+        start, end = end, end + count
+        for first in range(start, end, _ROWS_AT_ONCE):
+            yield first, min(end, first + _ROWS_AT_ONCE), prompts
+
+
+def _tokenise(
+    texts: Sequence[str | None], role: Role, model: SentenceTransformer, prompt: str | None
+) -> list[np.ndarray]:
+    """Final token ids as the model's own preprocessing makes them, prompt included, padding taken off; none of None."""
+    if None in texts:
+        present = [text for text in texts if text is not None]
+        found = iter(_tokenise(present, role, model, prompt) if present else ())
+        return [np.empty(0, np.int32) if text is None else next(found) for text in texts]
+    features = model.preprocess(list(texts), prompt=prompt, task=role)
     ids = features["input_ids"].numpy().astype(np.int32)
     mask = features["attention_mask"].numpy().astype(bool)
     return [row[keep] for row, keep in zip(ids, mask, strict=True)]
