@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from launch.config import RunConfig
+from launch.errors import UserError
 from launch.world import World
 from tests import tiny_models
 from tests.distributed import run
@@ -251,3 +252,21 @@ def test_fp16_unscales_to_the_true_gradient_and_an_overflow_skips_the_step(folde
         assert seen["rates"] == [[0.1, 0.066667, 0.033333], [0.1, 0.1, 0.066667]], "the schedule waits for the step"
         for line in seen["lines"].splitlines():
             json.loads(line, parse_constant=pytest.fail)  # Infinity is no JSON
+
+
+def _not_a_number(rank: int, size: int, folder: Path) -> str:
+    made = _prepare(folder, (rank, size))
+    with torch.no_grad():
+        unused = made.trainer.model[0].auto_model.embeddings.word_embeddings.weight
+        unused[made.trainer.model.tokenizer.convert_tokens_to_ids("kidney")] = torch.nan
+    with pytest.raises(UserError) as caught:
+        made.trainer.train()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_rows_that_are_not_finite_are_named_by_all_ranks_alike(folder: Path, size: int) -> None:
+    rows = [n + 1 for n, row in enumerate(_rows(16).to_list()) if "kidney" in " ".join(row.values())]
+    assert 1 < len(rows) <= 5
+    for line in run(_not_a_number, size, size, folder):
+        assert f"step 1: non-finite loss, the embeddings of row {', '.join(map(str, rows))} are not finite" in line
