@@ -1,6 +1,7 @@
 """The exact step inside the Trainer: which engine runs it, what its graphs may hold, what is logged of it."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,11 +24,14 @@ from trainer.data import data_order, text_columns
 from trainer.engines import DDP, Engine, Single
 from trainer.gradcache import GradCache, StepAbandoned
 from trainer.loader import Batch, BatchFeatures, Steps
+from trainer.model import max_length_of
 from trainer.objective import objective_of
 from trainer.sampler import DataOrder
-from trainer.tokens import Padder, TokenCache, token_cache
+from trainer.tokens import Padder, TokenCache, role_of, token_cache
 
 _GIB = 1 << 30
+_ROWS_NAMED = 5  # in a message: enough to find what is wrong with them
+_ROWS_AT_ONCE = 1 << 20  # read of the cache: a few MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,29 @@ def tokenise(config: RunConfig, rows: Any, facts: list[dict[str, Any]], model: S
     parts = [(fact["rows"], source.prompts) for fact, source in zip(facts, config.data.sources, strict=True)]
     columns, cache_dir = text_columns(rows.column_names), Path(config.data.cache_dir)
     return Tokenised(token_cache(rows, fingerprint, columns, model, cache_dir, parts), order)
+
+
+def check_candidates(data: Tokenised, masks: bool) -> None:
+    """Raise UserError where all rows hold the same one candidate. Reads no more of the cache than it must."""
+    for ids in (data.cache.token_id, data.cache.text_id) if masks else (data.cache.token_id,):
+        starts = range(0, len(ids), _ROWS_AT_ONCE)
+        # An absent negative has the identity 0.
+        if all(np.isin(ids[start : start + _ROWS_AT_ONCE, 1:], (ids[0, 1], 0)).all() for start in starts):
+            raise UserError(
+                f"data.sources: the {', '.join(data.cache.columns[1:])} of all {len(ids):,} rows are the same text, so "
+                "there is nothing to tell a positive from; allowed: at least two distinct texts"
+            )
+
+
+def at_the_limit(cache: TokenCache, model: SentenceTransformer) -> str | None:
+    """One line on how many texts reach the maximal length, None if none does."""
+    limits = np.array([max_length_of(model, role_of(column)) or np.inf for column in cache.columns])
+    starts = range(0, len(cache), _ROWS_AT_ONCE)
+    lengths = (cache.lengths(np.arange(start, min(start + _ROWS_AT_ONCE, len(cache)))) for start in starts)
+    count = sum(int((some >= limits).sum()) for some in lengths)
+    share = count / cache.token_id.size
+    words = f"{count:,} of {cache.token_id.size:,} texts ({share:.1%}) reach the maximal length; what is longer is cut"
+    return f"{words} (model.max_seq_length)" if count else None
 
 
 class ExactStep:
@@ -78,6 +105,7 @@ class ExactStep:
             self._objective.scoring,
         )
         self._step: GradCache | None = None
+        self._warned = False
         self._graph_bytes = 0.0  # of a kept graph, per padded token
         self._ended = time.perf_counter()
         self._log = _Sums()
@@ -88,6 +116,7 @@ class ExactStep:
         All ranks must call. `model` is the prepared model, wrapped or not. Raises StepAbandoned on all ranks alike.
         """
         started = time.perf_counter()
+        self._warn_of_nothing_to_learn(batch)
         device = next(model.parameters()).device
         features = BatchFeatures(self._data.cache, self._padder, batch.rows, device, self._apart)
         if self._step is None:
@@ -105,6 +134,41 @@ class ExactStep:
     def metrics(self) -> dict[str, float]:
         """Means since the last call, for the log; losses by dim are means over ranks. All ranks must call."""
         return self._log.take(self._objective.dims)
+
+    def explain(self, error: StepAbandoned, batch: Batch, run_dir: Path) -> UserError:
+        """The one line that a run ends with where the loss is not finite: the step and the rows. All ranks must call.
+
+        A row is named by its place, from 1, among the rows that its source brought.
+        """
+        texts: list[Any] = [error.texts]
+        if collectives.world_size() > 1:
+            texts *= collectives.world_size()
+            dist.all_gather_object(texts, error.texts)
+        rows = np.unique(batch.rows[np.concatenate(texts) // len(self._data.cache.columns)])
+        ends = np.cumsum(self._data.order.sizes)
+        sources = [f" of {s.name}" if len(ends) > 1 else "" for s in self._config.data.sources]
+        where = [(int(np.searchsorted(ends, row, side="right")), row) for row in rows[:_ROWS_NAMED].tolist()]
+        named = ", ".join(f"{row - (ends[s - 1] if s else 0) + 1}{sources[s]}" for s, row in where)
+        more = f" and {len(rows) - _ROWS_NAMED} more" if len(rows) > _ROWS_NAMED else ""
+        found = f"the embeddings of row {named}{more} are not finite" if named else "all embeddings are finite"
+        return UserError(
+            f"step {batch.step + 1}: {error.reason}, {found}; nothing is saved over the last good checkpoint in "
+            f"{run_dir}; look at these rows, lower train.learning_rate, or train in fp32 or bf16"
+        )
+
+    def _warn_of_nothing_to_learn(self, batch: Batch) -> None:
+        """Say once that no row of a batch has a negative: such a step is harmless and teaches nothing."""
+        candidates = int((batch.plan.all_targets.blocks[0].count > 0).sum())
+        if (candidates < 2 or batch.plan.masked_share >= 1) and not self._warned:
+            self._warned = True
+            if collectives.rank() == 0:
+                logging.getLogger("nestling").warning(
+                    "step %d: none of its %d rows has a negative left (%d distinct candidates before masks), so it "
+                    "teaches nothing; said once",
+                    batch.step + 1,
+                    len(batch.rows),
+                    candidates,
+                )
 
     def _measure(self, plan: Plan, features: BatchFeatures, device: torch.device) -> float:
         """Bytes that a kept graph holds per padded token: the longest micro-batch, the largest over ranks."""
@@ -140,14 +204,6 @@ class ExactStep:
         longest = np.maximum.reduceat(plan.lengths.max(0), plan.cuts[:-1])
         held = np.cumsum(longest * np.diff(plan.cuts)) * self._graph_bytes
         return int(np.searchsorted(held, self._config.train.graph_memory * _GIB, side="right"))
-
-
-def abandoned(error: StepAbandoned, step: int, run_dir: Path) -> UserError:
-    """The one line that a run ends with when all ranks left a step."""
-    return UserError(
-        f"step {step}: {error.reason}; nothing is saved over the last good checkpoint in {run_dir}; "
-        "lower train.learning_rate, or train in fp32 or bf16"
-    )
 
 
 class _Sums:

@@ -26,10 +26,14 @@ _STOP, _NON_FINITE = 1, 2
 
 
 class StepAbandoned(Exception):
-    """All ranks left the step at the same place, before gradients were synchronised; `reason` says why."""
+    """All ranks left the step at the same place, before gradients were synchronised; `reason` says why.
 
-    def __init__(self, code: int) -> None:
+    `texts` are the numbers in the batch of this rank's texts whose embeddings are not finite.
+    """
+
+    def __init__(self, code: int, texts: np.ndarray | None = None) -> None:
         self.reason = "non-finite loss" if code == _NON_FINITE else "stop asked"
+        self.texts = np.zeros(0, np.int64) if texts is None else texts
         super().__init__(self.reason)
 
 
@@ -87,7 +91,7 @@ class GradCache:
         # 3. Replay.
         for index, gradient in enumerate(cached.split(np.diff(plan.cuts).tolist())):
             if index == last:
-                self._agree_to_finish(loss.value)
+                self._agree_to_finish(loss.value, plan.texts[rank], parts)
             embeddings = kept.pop(index) if index in kept else embed(index, True, synchronise=index == last)
             self.engine.backward(torch.dot(embeddings.flatten().to(gradient.dtype), gradient.flatten()))
         self.engine.finish()
@@ -115,10 +119,10 @@ class GradCache:
             return collectives.scatter_gradient(_merged(is_anchor.repeat(plan.world_size), anchors, candidates))
         return _merged(is_anchor, anchors, collectives.scatter_gradient(candidates))
 
-    def _agree_to_finish(self, loss: Tensor) -> None:
+    def _agree_to_finish(self, loss: Tensor, texts: np.ndarray, parts: list[Tensor]) -> None:
         code = _NON_FINITE if not loss.isfinite() else _STOP if self.stop_asked() else 0
         if code := collectives.highest(code, loss.device):
-            raise StepAbandoned(code)
+            raise StepAbandoned(code, texts[~torch.cat(parts).isfinite().all(1).cpu().numpy()])
 
     @torch.no_grad()
     def loss(self, plan: Plan, features: Callable[[np.ndarray], dict[str, Any]]) -> Loss:

@@ -28,6 +28,9 @@ from trainer.run_folder import held, read_record, refuse_other_data
 
 MODEL = "model"
 BUNDLE = "bundle"
+# Process groups that have ended. The DDP wrapper that an error's traceback holds would otherwise free its group while
+# it holds the interpreter's lock, for which gloo's own thread may be waiting: the process would never end.
+_groups: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def run(config: RunConfig, run_file: Path, argv: list[str], world: World) -> int
                     _evaluate(this, tuned, prepared.held_out)
         finally:
             if torch.distributed.is_initialized():
+                _groups.append(torch.distributed.group.WORLD)
                 torch.distributed.destroy_process_group()
         if world.rank == 0:
             _finish(this, tuned)
@@ -90,7 +94,7 @@ def _prepare(run: Run) -> Prepared:
     from transformers import set_seed
 
     from trainer.data import open_sources, refuse_gaps
-    from trainer.exact_step import tokenise
+    from trainer.exact_step import check_candidates, tokenise
     from trainer.model import freeze_unused, load_model
     from trainer.objective import check_arguments, is_exact
 
@@ -123,6 +127,7 @@ def _prepare(run: Run) -> Prepared:
     if exact:
         with run.clock.phase("tokenise"):
             data = tokenise(config, rows, facts, model)
+        check_candidates(data, config.loss.mask_known_positives)
     if frozen:
         run.say(f"frozen: {', '.join(frozen)} (no embedding depends on them)")
     return Prepared(rows, facts, held_out, model, data)
@@ -134,7 +139,7 @@ def _train(run: Run, prepared: Prepared) -> Any:
 
     from trainer import checkpoint
     from trainer.arguments import training_arguments
-    from trainer.exact_step import ExactStep
+    from trainer.exact_step import ExactStep, at_the_limit
     from trainer.losses import build_loss
     from trainer.model import load_model
     from trainer.run_record import now
@@ -151,6 +156,8 @@ def _train(run: Run, prepared: Prepared) -> Any:
     resume = checkpoint.find_latest(run_dir, logging.getLogger("nestling").warning)
     record = _begin(run, prepared, checkpoint.step_of(resume) if resume else 0)
     for line in batch_arithmetic(run, prepared):
+        run.say(line)
+    if prepared.data and run.world.rank == 0 and (line := at_the_limit(prepared.data.cache, model)):
         run.say(line)
     if resume:
         run.say(f"resuming from {resume}")

@@ -4,6 +4,7 @@ TensorBoard, Weights & Biases and MLflow get the same numbers through the Traine
 """
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -47,9 +48,13 @@ def rewind(path: Path, step: int) -> None:
 
 
 def record(logs: dict[str, float], step: int, epoch: float | None) -> dict[str, Any]:
-    """One line of metrics.jsonl from the Trainer's flat logs: `loss_384` becomes `loss_by_dim["384"]`."""
+    """One line of metrics.jsonl from the Trainer's flat logs: `loss_384` becomes `loss_by_dim["384"]`.
+
+    What is not finite becomes null, which JSON has: the norm of a step that the scaler of fp16 skipped.
+    """
     nested: dict[str, Any] = {"step": step, "epoch": epoch, "loss_by_dim": {}, "seconds": {}}
-    for key, value in logs.items():
+    for key, number in logs.items():
+        value = number if math.isfinite(number) else None
         name, _, rest = key.partition("_")
         if name == "loss" and rest.isdigit():
             nested["loss_by_dim"][rest] = value

@@ -25,8 +25,8 @@ from transformers import PrinterCallback
 from launch.config import RunConfig
 from launch.errors import UserError
 from launch.files import remove_folder
-from trainer import checkpoint
-from trainer.exact_step import ExactStep, abandoned
+from trainer import checkpoint, collectives
+from trainer.exact_step import ExactStep
 from trainer.gradcache import StepAbandoned
 from trainer.loader import step_loader
 from trainer.losses import LossByDim
@@ -88,25 +88,26 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
     ) -> torch.Tensor:
         """Loss of one global batch on this rank, gradients left on the parameters. All ranks must call.
 
-        Raises UserError, on all ranks alike, where the loss is not finite.
+        Raises UserError, on all ranks alike, where the loss is not finite, and StepAbandoned where a stop is asked.
         """
-        step = self.state.global_step + 1
         if self._exact is not None:
             model.train()
             try:
                 return self._exact.run(model, inputs["batch"], self.accelerator.backward)
             except StepAbandoned as error:
-                raise abandoned(error, step, self._run_dir) from error
+                if error.reason == "stop asked":
+                    raise
+                raise self._exact.explain(error, inputs["batch"], self._run_dir) from error
         for name, mask in inputs.items():
             if name.endswith("attention_mask"):
                 self._tokens += torch.stack([mask.sum(), torch.tensor(mask.numel(), device=mask.device)]).to(
                     self._tokens
                 )
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
+        if collectives.highest(int(not loss.isfinite()), loss.device):
             raise UserError(
-                f"step {step}: the loss is {loss.item()}; nothing is saved over the last good checkpoint in "
-                f"{self._run_dir}; lower train.learning_rate, or train in fp32 or bf16"
+                f"step {self.state.global_step + 1}: the loss is not finite; nothing is saved over the last good "
+                f"checkpoint in {self._run_dir}; lower train.learning_rate, or train in fp32 or bf16"
             )
         return loss
 
