@@ -226,6 +226,20 @@ def cached_loss(
     return MatryoshkaLoss(model, cached, list(dims)), cached
 
 
+def watched_loss_stage(cached: "CachedMultipleNegativesRankingLoss") -> list[Cost]:
+    """A list that gets the cost of the rival's loss stage in each step from now on."""
+    calculate: Any = cached.calculate_loss
+    stages: list[Cost] = []
+
+    def watched(*args: Any, **kwargs: Any) -> "Tensor":
+        value, cost = timed(lambda: calculate(*args, **kwargs))
+        stages.append(cost)
+        return value
+
+    setattr(cached, "calculate_loss", watched)  # noqa: B010  (a method to the type checker)
+    return stages
+
+
 def column_names(columns: int) -> list[str]:
     """Column names in the trainer's order."""
     return ["anchor", "positive", *(f"negative_{i}" for i in range(1, columns - 1))]

@@ -47,6 +47,7 @@ from benchmarks.common import (
     table,
     timed,
     tokenised,
+    watched_loss_stage,
 )
 from data_tools.packages import STDLIB, find_packages, python_files
 from data_tools.pairs import pairs_of
@@ -124,15 +125,7 @@ def rival_step(model: "SentenceTransformer", columns: list[dict[str, Any]], sett
     import torch
 
     loss, cached = cached_loss(model, DIMS, setting.size, setting.tokens)
-    calculate: Any = cached.calculate_loss
-    stage: list[Cost] = []
-
-    def watched(*args: Any, **kwargs: Any) -> "Tensor":
-        value, cost = timed(lambda: calculate(*args, **kwargs))
-        stage.append(cost)
-        return value
-
-    setattr(cached, "calculate_loss", watched)  # noqa: B010  (a method to the type checker)
+    stage = watched_loss_stage(cached)
 
     def step() -> tuple[float, float]:
         value = loss(columns, torch.empty(0))

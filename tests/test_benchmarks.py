@@ -1,6 +1,6 @@
 """Every benchmark runs in its quick form and writes its claims: `python -m pytest tests/test_benchmarks.py`.
 
-No speed is asserted: another load on the machine would decide.
+No speed is asserted: another load on the machine would decide. Counts are.
 """
 
 import json
@@ -22,6 +22,9 @@ CLAIMS = {
     ],
     "loss": ["loss.d768_dims5.speedup", "loss.d768_dims5.memory_ratio"],
     "loader": ["loader.speedup", "loader.plan_seconds_65536"],
+    "collectives": ["collectives.embedding_gathers_max", "collectives.embedding_scatters_max"],
+    "huge_batch": ["huge_batch.peak_over_expected", "huge_batch.row_time_ratio"],
+    "overhead": ["overhead.kept", "overhead.recompute"],
 }
 
 
@@ -39,5 +42,18 @@ def test_quick_form_writes_its_claims(name: str, tmp_path: Path) -> None:
         assert math.isfinite(claim["value"]) and claim["value"] > 0, claim
         assert claim["better"] in ("higher", "lower") and "--quick" in claim["conditions"], claim
         assert claim["name"] in done.stdout
+    if name == "collectives":
+        assert [claim["value"] for claim in written["claims"]] == [1, 1]
+        # sentence-transformers' own, of 2 to 5 columns, 1 or 5 dims and 1 to 8 chunks of the loss.
+        assert written["claims"][0]["conditions"].endswith("has 2 to 25")
+        assert written["claims"][1]["conditions"].endswith("has 2 to 200")
     assert {"cpu", "cores", "threads"} <= set(written["machine"]) and written["machine"]["threads"] == 1
     assert written["versions"]["sentence-transformers"] == "6.2.0"
+
+
+@pytest.mark.slow
+def test_one_case_of_a_step_runs_alone(tmp_path: Path) -> None:
+    file = tmp_path / "claims.json"
+    command = [sys.executable, "-m", "benchmarks.step", "--quick", "--case", "padding", "--json", str(file)]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True)
+    assert [claim["name"] for claim in json.loads(file.read_text())["claims"]] == ["step.padded_over_real_max"]
