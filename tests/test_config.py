@@ -255,7 +255,7 @@ def test_remote_code_needs_a_pinned_commit(tmp_path: Path) -> None:
         (["data.sources.0.weight=0"], "data.sources.0.weight: got 0 (int), allowed: number > 0 or null"),
         (
             ["data.sources.0.prompts.query='q: '", "loss.step=library"],
-            "data.sources[].prompts: for the exact step only; allowed with loss.step=exact and loss.name=CachedMultipleNegativesRank",
+            "data.sources[].prompts: for the exact step only; allowed with loss.step=exact",
         ),
         (
             ["data.sources=[{path: a.csv, weight: 1}]", "data.epoch_steps=3", "loss.name=CoSENTLoss"],
