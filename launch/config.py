@@ -149,6 +149,9 @@ class Data(Section):
     """Where the rows come from, in this order. Each global batch comes from one of them."""
     epoch_steps: Annotated[int, Field(ge=1)] | None = None
     """Global batches of an epoch where sources have weights; null = as many as all rows of all sources fill."""
+    known_positives: Annotated[list[PlainSource], Field(min_length=1)] | None = None
+    """Pairs (columns anchor and positive) that are right for loss.mask_known_positives although a global batch does
+    not hold them, for example all judged pairs. Looked up by text, for the exact step; null = the batch's own only."""
     cache_dir: str = "cache"
     """Folder for checked copies of the sources; shared by runs, keyed by content, safe to delete."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
@@ -314,9 +317,12 @@ class RunConfig(Section):
         given = {
             "data.epoch_steps": self.data.epoch_steps,
             "data.sources[].prompts": any(source.prompts for source in self.data.sources),
+            "data.known_positives": self.data.known_positives,
         }
         found = [key for key, value in given.items() if value]
         if found and (self.loss.name not in EXACT_LOSSES or self.loss.step != "exact"):
             names = " or ".join(EXACT_LOSSES)
             raise ValueError(f"{found[0]}: for the exact step only; allowed with loss.step=exact and loss.name={names}")
+        if self.data.known_positives and not self.loss.mask_known_positives:
+            raise ValueError("data.known_positives: has no effect with loss.mask_known_positives=false; leave one out")
         return self

@@ -73,6 +73,8 @@ def preflight(config: RunConfig, run_file: Path) -> list[str]:
     needed = NEEDED_ROLES[config.loss.name]
     for number, source in enumerate(config.data.sources):
         problems += _source_problems(source, f"data.sources.{number}", needed, config.loss.name)
+    for number, source in enumerate(config.data.known_positives or []):
+        problems += _source_problems(source, f"data.known_positives.{number}", _PAIRS, "a table of known positives")
     for number, source in enumerate(config.evaluate.sources if config.evaluate else []):
         problems += _source_problems(source, f"evaluate.sources.{number}", _PAIRS, "evaluation")
     folder = None
