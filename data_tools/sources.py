@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from data_tools import readers
 from data_tools.shards import MANIFEST, ColumnType, ShardWriter, read_manifest, verify_shards
-from launch.config import ROLE, Source
+from launch.config import ROLE, PlainSource
 from launch.errors import UserError
 from launch.files import exclusive, remove_folder, sha256_of
 
@@ -56,7 +56,7 @@ class _Origin:
     numbers_are_text: bool = False
 
 
-def import_source(source: Source, cache_dir: Path, max_rows: int | None = None) -> Path:
+def import_source(source: PlainSource, cache_dir: Path, max_rows: int | None = None) -> Path:
     """Shard folder with the rows of `source` under the names of their roles, checked; made if missing.
 
     Safe to call from many processes at once: one imports, the others wait for it. Raises UserError, one line
@@ -73,7 +73,7 @@ def import_source(source: Source, cache_dir: Path, max_rows: int | None = None) 
             return _import(source, cache_dir, max_rows)
 
 
-def _import(source: Source, cache_dir: Path, max_rows: int | None) -> Path:
+def _import(source: PlainSource, cache_dir: Path, max_rows: int | None) -> Path:
     def hash_file(path: Path) -> str:
         return _remembered_hash(path, cache_dir / "hashes")
 
@@ -101,7 +101,9 @@ def _import(source: Source, cache_dir: Path, max_rows: int | None) -> Path:
     return target
 
 
-def _write(source: Source, origin: _Origin, target: Path, max_rows: int | None, unchanged: Callable[[], bool]) -> None:
+def _write(
+    source: PlainSource, origin: _Origin, target: Path, max_rows: int | None, unchanged: Callable[[], bool]
+) -> None:
     roles: dict[str, str] = {}
 
     def choose(columns: Sequence[str]) -> Sequence[str]:
@@ -232,7 +234,7 @@ def _shown(value: Any) -> str:
     return f"{repr(value)[:40]} ({type(value).__name__})"
 
 
-def _choose(source: Source, columns: Sequence[str]) -> dict[str, str]:
+def _choose(source: PlainSource, columns: Sequence[str]) -> dict[str, str]:
     """Role -> column of the file. Raises UserError if a mapped column or the anchor is not there."""
     listed = ", ".join(map(repr, columns))
     if source.columns is None:
@@ -270,7 +272,7 @@ def _yaml(name: str) -> str:
     return name if name.replace("_", "").isalnum() else json.dumps(name, ensure_ascii=False)
 
 
-def _open(source: Source) -> _Origin:
+def _open(source: PlainSource) -> _Origin:
     if source.path is None:
         rows = readers.open_hub(str(source.hub), source.split, source.revision)
         return _dataset_origin(rows, source)
@@ -299,7 +301,7 @@ def _open(source: Source) -> _Origin:
     return _Origin([path], suffix, "line", lambda choose: readers.read_json_lines(path, choose))
 
 
-def _dataset_origin(rows: Any, source: Source) -> _Origin:
+def _dataset_origin(rows: Any, source: PlainSource) -> _Origin:
     files = [Path(file["filename"]) for file in rows.cache_files]
     return _Origin(
         files, f"split {source.split}", "row", lambda choose: readers.read_dataset(rows, source.name, choose)
@@ -341,7 +343,7 @@ def _key(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _said_in_one_line(source: Source, cache_dir: Path) -> Iterator[None]:
+def _said_in_one_line(source: PlainSource, cache_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

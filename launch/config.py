@@ -90,7 +90,7 @@ class Model(Section):
         return self
 
 
-class Source(Section):
+class PlainSource(Section):
     """Rows of one file, folder or data set."""
 
     path: str | None = None
@@ -121,7 +121,7 @@ class Source(Section):
         return columns
 
     @model_validator(mode="after")
-    def _one_place(self) -> "Source":
+    def _one_place(self) -> "PlainSource":
         if (self.path is None) == (self.hub is None):
             raise ValueError("give exactly one of path and hub")
         return self
@@ -132,7 +132,7 @@ class Source(Section):
         return self.path or f"hub:{self.hub}"
 
 
-class TrainingSource(Source):
+class Source(PlainSource):
     """Rows that the model is trained on; weight and prompts are for the exact step only."""
 
     weight: Annotated[float, Field(gt=0)] | None = None
@@ -145,10 +145,13 @@ class TrainingSource(Source):
 class Data(Section):
     """What the model is trained on."""
 
-    sources: list[TrainingSource] = Field(min_length=1)
+    sources: list[Source] = Field(min_length=1)
     """Where the rows come from, in this order. Each global batch comes from one of them."""
     epoch_steps: Annotated[int, Field(ge=1)] | None = None
     """Global batches of an epoch where sources have weights; null = as many as all rows of all sources fill."""
+    known_positives: Annotated[list[PlainSource], Field(min_length=1)] | None = None
+    """Pairs (columns anchor and positive) that are right for loss.mask_known_positives although a global batch does
+    not hold them, for example all judged pairs. Looked up by text, for the exact step; null = the batch's own only."""
     cache_dir: str = "cache"
     """Folder for checked copies of the sources; shared by runs, keyed by content, safe to delete."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
@@ -270,7 +273,7 @@ class Checkpoint(Section):
 class Evaluate(Section):
     """Retrieval evaluation of the base model and the tuned one after training."""
 
-    sources: list[Source] = Field(min_length=1)
+    sources: list[PlainSource] = Field(min_length=1)
     """Held-out pairs: distinct anchors are queries, distinct positives are the corpus that is searched."""
     max_queries: Annotated[int, Field(ge=1)] | None = 1000
     """Queries drawn (seeded); the corpus always stays whole. null = all."""
@@ -314,9 +317,12 @@ class RunConfig(Section):
         given = {
             "data.epoch_steps": self.data.epoch_steps,
             "data.sources[].prompts": any(source.prompts for source in self.data.sources),
+            "data.known_positives": self.data.known_positives,
         }
         found = [key for key, value in given.items() if value]
         if found and (self.loss.name not in EXACT_LOSSES or self.loss.step != "exact"):
             names = " or ".join(EXACT_LOSSES)
             raise ValueError(f"{found[0]}: for the exact step only; allowed with loss.step=exact and loss.name={names}")
+        if self.data.known_positives and not self.loss.mask_known_positives:
+            raise ValueError("data.known_positives: has no effect with loss.mask_known_positives=false; leave one out")
         return self

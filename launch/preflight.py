@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.config import ROLE, Model, RunConfig, Source
+from launch.config import ROLE, Model, PlainSource, RunConfig
 from launch.errors import UserError
 from launch.reader import did_you_mean, near_file, run_directory
 
@@ -73,6 +73,8 @@ def preflight(config: RunConfig, run_file: Path) -> list[str]:
     needed = NEEDED_ROLES[config.loss.name]
     for number, source in enumerate(config.data.sources):
         problems += _source_problems(source, f"data.sources.{number}", needed, config.loss.name)
+    for number, source in enumerate(config.data.known_positives or []):
+        problems += _source_problems(source, f"data.known_positives.{number}", _PAIRS, "a table of known positives")
     for number, source in enumerate(config.evaluate.sources if config.evaluate else []):
         problems += _source_problems(source, f"evaluate.sources.{number}", _PAIRS, "evaluation")
     folder = None
@@ -141,7 +143,7 @@ def _model_folder(folder: Path, given: str) -> Path:
     raise UserError(f"model.path: got {given!r}, a folder without config.json and modules.json")
 
 
-def _source_problems(source: Source, key: str, needed: Sequence[str], purpose: str) -> list[str]:
+def _source_problems(source: PlainSource, key: str, needed: Sequence[str], purpose: str) -> list[str]:
     columns: list[str] | None = None
     if source.path is not None:
         try:

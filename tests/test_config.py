@@ -261,6 +261,14 @@ def test_remote_code_needs_a_pinned_commit(tmp_path: Path) -> None:
             ["data.sources=[{path: a.csv, weight: 1}]", "data.epoch_steps=3", "loss.name=CoSENTLoss"],
             "data.epoch_steps: for the exact step only",
         ),
+        (
+            ["data.known_positives=[{path: a.csv}]", "loss.step=library"],
+            "data.known_positives: for the exact step only; allowed with loss.step=exact",
+        ),
+        (
+            ["data.known_positives=[{path: a.csv}]", "loss.mask_known_positives=false"],
+            "data.known_positives: has no effect with loss.mask_known_positives=false; leave one out",
+        ),
         (["evaluate.sources=[{path: a.csv, weight: 1}]"], "evaluate.sources.0.weight: unknown key"),
     ],
 )

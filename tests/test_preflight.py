@@ -135,6 +135,13 @@ def test_columns_against_the_file(rows: Path) -> None:
     assert _problems({"hub": "owner/rows"}) == []
 
 
+def test_known_positives_are_pairs(rows: Path) -> None:
+    (rows.parent / "labels.csv").write_text("anchor,label\na,1\n")
+    data = {"sources": [{"path": "rows.jsonl"}], "known_positives": [{"path": "rows.jsonl"}, {"path": "labels.csv"}]}
+    [line] = _problems(data=data)
+    assert line.startswith("data.known_positives.1: a table of known positives needs a column positive, labels.csv")
+
+
 def test_evaluation_needs_positives_whatever_the_loss(rows: Path) -> None:
     (rows.parent / "labels.csv").write_text("anchor,label\na,1\n")
     assert _problems({"path": "labels.csv"}, loss="BatchAllTripletLoss") == []

@@ -193,6 +193,22 @@ def test_rows_and_sources_without_some_negatives_train_on_what_they_have(tmp_pat
     assert f"nestling: {tmp_path}/hard.tsv: row 3 has no negative_1; CachedMultipleNegativesRankingLoss in" in err
 
 
+def test_a_table_of_known_positives_masks_what_the_batch_cannot_know(tmp_path: Path) -> None:
+    run_file = _run_file(tmp_path, rows=8)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    known = [(rows[0]["anchor"].upper(), rows[3]["positive"]), (rows[0]["anchor"], rows[0]["positive"]), ("x", "y")]
+    known += [(rows[5]["anchor"], f" {rows[number]['positive']}  ") for number in (1, 2)]
+    table = tmp_path / "known.tsv"
+    table.write_text("q\td\n" + "".join(f"{anchor}\t{positive}\n" for anchor, positive in known))
+    source = f"data.known_positives=[{{path: {table}, columns: {{anchor: q, positive: d}}}}]"
+    code, out, err = _finish(_start(str(run_file), source))
+    assert code == 0, out + err
+    (line,) = _curve(tmp_path / "run")
+    assert line["masked_share"] == pytest.approx(3 / (8 * 7))
+    (own, other) = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert own["rows"] == 8 and other["name"] == f"{table} (known positives)" and other["rows"] == 5
+
+
 def _expected_loss(rows: list[dict[str, str | None]]) -> float:
     """Mean cross-entropy of own positives among all texts of the rows, by sentence-transformers and numpy."""
     import importlib.util

@@ -17,7 +17,7 @@ from trainer.sampler import DataOrder, share_out
 
 
 def open_sources(
-    sources: Sequence[schema.Source], cache_dir: Path, max_rows: int | None = None
+    sources: Sequence[schema.PlainSource], cache_dir: Path, max_rows: int | None = None
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Rows of all sources as one `datasets.Dataset`, and what each source is (name, fingerprint, rows, licence).
 

@@ -23,6 +23,7 @@ from trainer.batching import Plan
 from trainer.data import data_order, text_columns
 from trainer.engines import DDP, Engine, Single
 from trainer.gradcache import GradCache, StepAbandoned
+from trainer.known import KnownPositives, known_positives
 from trainer.loader import Batch, BatchFeatures, Steps
 from trainer.model import max_length_of
 from trainer.objective import objective_of
@@ -40,18 +41,26 @@ class Tokenised:
 
     cache: TokenCache
     order: DataOrder
+    known: KnownPositives | None = None
 
 
-def tokenise(config: RunConfig, rows: Any, facts: list[dict[str, Any]], model: SentenceTransformer) -> Tokenised:
-    """Token cache and data order of a run. Every process may call; one of a node builds, the others wait.
+def tokenise(
+    config: RunConfig,
+    rows: Any,
+    facts: list[dict[str, Any]],
+    model: SentenceTransformer,
+    known: tuple[Any, list[dict[str, Any]]] | None = None,
+) -> Tokenised:
+    """Token cache, data order and known positives of a run, of what `open_sources` gave for both lists of sources.
 
-    Raises UserError as `data_order` and `token_cache` do.
+    Every process may call; one of a node builds, the others wait. Raises UserError as `data_order` and `token_cache`.
     """
     order = data_order(config, facts)
     fingerprint = "+".join(f["fingerprint"] for f in facts)
     parts = [(fact["rows"], source.prompts) for fact, source in zip(facts, config.data.sources, strict=True)]
     columns, cache_dir = text_columns(rows.column_names), Path(config.data.cache_dir)
-    return Tokenised(token_cache(rows, fingerprint, columns, model, cache_dir, parts), order)
+    cache = token_cache(rows, fingerprint, columns, model, cache_dir, parts)
+    return Tokenised(cache, order, known and known_positives(*known, cache_dir))
 
 
 def check_candidates(data: Tokenised, masks: bool) -> None:
@@ -103,6 +112,7 @@ class ExactStep:
             config.loss.mask_known_positives,
             self._apart,
             self._objective.scoring,
+            data.known,
         )
         self._step: GradCache | None = None
         self._warned = False

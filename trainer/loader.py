@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from trainer.batching import Plan, make_plan
+from trainer.known import KnownPositives
 from trainer.model import Role
 from trainer.sampler import DataOrder, StepNumbers
 from trainer.targets import Scoring
@@ -40,9 +41,11 @@ class Steps(Dataset[dict[str, Batch]]):
         masks: bool,
         apart: bool,
         scoring: Scoring,
+        known: KnownPositives | None = None,
     ) -> None:
         self._cache, self._order, self._world_size = cache, order, world_size
         self._budget, self._masks, self._apart, self._scoring = micro_batch_tokens, masks, apart, scoring
+        self._known = known
 
     def __len__(self) -> int:
         return self._order.steps_per_epoch
@@ -53,15 +56,17 @@ class Steps(Dataset[dict[str, Batch]]):
         start = time.perf_counter()
         epoch, step = number
         rows = self._order.rows_of_step(epoch, step)
+        text_ids = self._cache.text_id[rows]
         plan = make_plan(
             self._cache.token_id[rows],
-            self._cache.text_id[rows],
+            text_ids,
             self._cache.lengths(rows),
             world_size=self._world_size,
             micro_batch_tokens=self._budget,
             masks=self._masks,
             separate_roles=self._apart,
             scoring=self._scoring,
+            known=self._known and self._known.of(text_ids[:, 0]),
         )
         seconds = time.perf_counter() - start
         return {"batch": Batch(plan, rows, epoch * self._order.steps_per_epoch + step, seconds)}

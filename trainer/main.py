@@ -108,7 +108,9 @@ def _prepare(run: Run) -> Prepared:
             only = f"{config.loss.name} in sentence-transformers' own code needs every column in every row"
             refuse_gaps(rows, facts, rows.column_names, only)
         held_out = open_sources(config.evaluate.sources, cache_dir)[0] if config.evaluate else None
-    refuse_other_data(run.run_dir, facts)
+        known = open_sources(config.data.known_positives, cache_dir) if config.data.known_positives else None
+    all_facts = facts + [fact | {"name": f"{fact['name']} (known positives)"} for fact in (known[1] if known else ())]
+    refuse_other_data(run.run_dir, all_facts)
     if len(rows) < config.train.global_batch_size:
         raise UserError(
             f"data.sources: {len(rows):,} rows are fewer than one batch of {config.train.global_batch_size:,}; "
@@ -126,11 +128,11 @@ def _prepare(run: Run) -> Prepared:
     data = None
     if exact:
         with run.clock.phase("tokenise"):
-            data = tokenise(config, rows, facts, model)
+            data = tokenise(config, rows, facts, model, known)
         check_candidates(data, config.loss.mask_known_positives)
     if frozen:
         run.say(f"frozen: {', '.join(frozen)} (no embedding depends on them)")
-    return Prepared(rows, facts, held_out, model, data)
+    return Prepared(rows, all_facts, held_out, model, data)
 
 
 def _train(run: Run, prepared: Prepared) -> Any:
@@ -215,8 +217,8 @@ def batch_arithmetic(run: Run, prepared: Prepared) -> list[str]:
     left_out = prepared.data.order.rows_left_out if exact else rows % batch
     once = "a pass over all rows" if run.config.data.epoch_steps else "an epoch"
     lines.append(f"steps: {steps:,} ({steps_per_epoch:,} an epoch; {left_out:,} rows of {once} do not fill a batch)")
-    if exact and len(prepared.facts) > 1:
-        batches = zip(prepared.data.order.batches, prepared.facts, strict=True)
+    if exact and len(prepared.data.order.batches) > 1:
+        batches = zip(prepared.data.order.batches, prepared.facts, strict=False)
         lines.append(
             "batches of an epoch: " + ", ".join(f"{n:,} of {f['name']} ({f['rows']:,} rows)" for n, f in batches)
         )

@@ -4,8 +4,7 @@ Files of one cache folder, all for `rows` x `columns` texts in row-major order (
 column): `ids.bin` int32 token ids without padding, `offsets.bin` int64 start of each text in ids (one more than
 texts), `token_id.bin` and `text_id.bin` uint64. `token_id` is a hash of role and final token ids and decides what is
 embedded once; `text_id` is a hash of the normalised text and decides masks. A cell without a text has length 0 and
-identities 0. A cache is keyed by tokenizer, prompts, maximal lengths and data; one whose files differ from its
-manifest is built again.
+identities 0. A cache is keyed by tokenizer, prompts, maximal lengths and data.
 """
 
 import json
@@ -25,11 +24,10 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from data_tools.progress import Progress
 from launch.config import Prompts
 from launch.errors import UserError
-from launch.files import exclusive, publish_folder, remove_folder, write_json
+from trainer.arrays import array_folder
 from trainer.model import ROLES, Role, max_length_of, prompt_of
 
 FORMAT = 1
-MANIFEST = "manifest.json"
 _ROWS_AT_ONCE = 2048  # rows tokenised together: enough for all cores, a few MB of padding
 _FILES: dict[str, type[np.generic]] = {
     "ids": np.int32,
@@ -128,13 +126,17 @@ def token_cache(
         )
     prompt_length = _prompt_lengths(model, parts)
     facts = _facts(fingerprint, columns, model, parts)
-    key = xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
-    folder = cache_dir / "tokens" / key
-    with exclusive(cache_dir / "tokens" / f".{key}.lock"):
-        if not _is_whole(folder, facts):
-            remove_folder(folder)
-            _build(folder, facts, rows, columns, model, parts)
-    return _open(folder, list(columns), prompt_length)
+    arrays = array_folder(
+        cache_dir / "tokens", facts, _FILES, lambda folder: _build(folder, rows, columns, model, parts)
+    )
+    return TokenCache(
+        columns=list(columns),
+        ids=arrays["ids"],
+        offsets=arrays["offsets"],
+        token_id=arrays["token_id"].reshape(-1, len(columns)),
+        text_id=arrays["text_id"].reshape(-1, len(columns)),
+        prompt_length=prompt_length,
+    )
 
 
 def _facts(
@@ -174,52 +176,11 @@ def _prompt_lengths(model: SentenceTransformer, parts: Sequence[Part]) -> dict[s
     return lengths
 
 
-def _is_whole(folder: Path, facts: dict[str, Any]) -> bool:
-    """Whether the folder holds exactly what its manifest says, hash by hash, and was made for these facts."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        return manifest["facts"] == facts and all(
-            manifest["files"][name] == _hash(folder / f"{name}.bin") for name in _FILES
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _open(folder: Path, columns: list[str], prompt_length: dict[str, int | None]) -> TokenCache:
-    arrays = {name: np.memmap(folder / f"{name}.bin", dtype, "r") for name, dtype in _FILES.items()}
-    return TokenCache(
-        columns=columns,
-        ids=arrays["ids"],
-        offsets=arrays["offsets"],
-        token_id=arrays["token_id"].reshape(-1, len(columns)),
-        text_id=arrays["text_id"].reshape(-1, len(columns)),
-        prompt_length=prompt_length,
-    )
-
-
-def _build(
-    folder: Path,
-    facts: dict[str, Any],
-    rows: Any,
-    columns: Sequence[str],
-    model: SentenceTransformer,
-    parts: Sequence[Part],
-) -> None:
-    partial = folder.with_name(f".partial-{folder.name}")
-    remove_folder(partial)
-    partial.mkdir(parents=True)
+def _build(folder: Path, rows: Any, columns: Sequence[str], model: SentenceTransformer, parts: Sequence[Part]) -> None:
     # The tokenizer's own threads use all cores; off again before loader workers fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     try:
-        files = {name: (partial / f"{name}.bin").open("wb") for name in _FILES}
+        files = {name: (folder / f"{name}.bin").open("wb") for name in _FILES}
         with Progress("tokenising", len(rows), "rows") as progress:
             np.zeros(1, np.int64).tofile(files["offsets"])
             end = 0
@@ -248,13 +209,8 @@ def _build(
                 progress.to(stop)
         for file in files.values():
             file.close()
-        write_json(partial / MANIFEST, {"facts": facts, "files": {n: _hash(partial / f"{n}.bin") for n in _FILES}})
-        publish_folder(partial, folder)
-    except OSError as error:
-        raise UserError(f"data.cache_dir: cannot write {partial}: {error.strerror}") from error
     finally:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        remove_folder(partial)
 
 
 def _slices(parts: Sequence[Part]) -> Iterator[tuple[int, int, dict[Role, str | None]]]:

@@ -1,0 +1,65 @@
+"""Folders of flat arrays: built once per node, keyed by the facts that they were made from, memory-mapped.
+
+`ROOT/KEY/NAME.bin` with a manifest of facts and hashes; a folder whose files differ from its manifest is built again.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from launch.errors import UserError
+from launch.files import exclusive, publish_folder, remove_folder, write_json
+
+MANIFEST = "manifest.json"
+
+
+def array_folder(
+    root: Path, facts: dict[str, Any], dtypes: Mapping[str, type[np.generic]], build: Callable[[Path], None]
+) -> dict[str, np.ndarray]:
+    """The arrays of `facts` by name, read-only; `build` writes their .bin files into the folder that it is given.
+
+    Call it before the process group exists: the first process of a node builds, the others wait on a file lock.
+    Raises UserError where `root` cannot be written.
+    """
+    key = xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+    folder = root / key
+    with exclusive(root / f".{key}.lock"):
+        if not _is_whole(folder, facts, dtypes):
+            remove_folder(folder)
+            partial = folder.with_name(f".partial-{key}")
+            remove_folder(partial)
+            try:
+                partial.mkdir(parents=True)
+                build(partial)
+                write_json(
+                    partial / MANIFEST, {"facts": facts, "files": {n: _hash(partial / f"{n}.bin") for n in dtypes}}
+                )
+                publish_folder(partial, folder)
+            except OSError as error:
+                raise UserError(f"data.cache_dir: cannot write {partial}: {error.strerror}") from error
+            finally:
+                remove_folder(partial)
+    return {name: np.memmap(folder / f"{name}.bin", dtype, "r") for name, dtype in dtypes.items()}
+
+
+def _is_whole(folder: Path, facts: dict[str, Any], names: Mapping[str, Any]) -> bool:
+    """Whether the folder holds exactly what its manifest says, hash by hash, and was made for these facts."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest["facts"] == facts and all(
+            manifest["files"][name] == _hash(folder / f"{name}.bin") for name in names
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
