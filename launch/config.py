@@ -246,9 +246,10 @@ class Train(Section):
     micro_batch_tokens: int = Field(default=8192, ge=1)
     """Budget of texts that go through the encoder together: rows x longest length; only memory and speed
     depend on it. A text longer than the budget goes alone. For the exact step."""
-    graph_memory: float = Field(default=0.0, ge=0)
+    graph_memory: Annotated[float, Field(ge=0)] | Literal["auto"] = 0.0
     """GiB per process for graphs that are kept from the first pass instead of computed again; up to a third
-    faster. For the exact step."""
+    faster. auto = after the first step nine tenths of the GPU's free memory, on a CPU half of the machine's free
+    memory shared by its processes. For the exact step."""
     gradient_checkpointing: bool = False
     """Recompute activations layer by layer in the backward pass: less memory, about a third more time."""
     world_size: Annotated[int, Field(ge=1)] | None = None

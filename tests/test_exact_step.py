@@ -4,14 +4,19 @@ Every case trains a small BERT through ContrastiveTrainer as accelerate prepares
 that the optimiser is about to see.
 """
 
+import contextlib
+import io
+import itertools
 import json
 import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +27,7 @@ from launch.errors import UserError
 from launch.world import World
 from tests import tiny_models
 from tests.distributed import run
+from trainer import flops
 from trainer.arguments import is_exact, training_arguments
 from trainer.exact_step import ExactStep, tokenise
 from trainer.losses import build_loss
@@ -44,6 +50,7 @@ class Run:
 
     trainer: ContrastiveTrainer
     gradients: list[Tensor] = field(default_factory=list)  # after clipping, one a step
+    marks: list[int] = field(default_factory=list)  # entries of `seen` before each step
     seen: list[tuple[bool, torch.dtype, torch.dtype]] = field(default_factory=list)  # graph wanted, inside, embedding
 
     @property
@@ -117,6 +124,9 @@ class Watch(TrainerCallback):
         run.trainer.model[1].register_forward_hook(
             lambda *a: run.seen.append((torch.is_grad_enabled(), inside[-1], a[2]["sentence_embedding"].dtype))
         )
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.run.marks.append(len(self.run.seen))
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         parameters = self.run.trainer.model.parameters()
@@ -270,3 +280,86 @@ def test_rows_that_are_not_finite_are_named_by_all_ranks_alike(folder: Path, siz
     assert 1 < len(rows) <= 5
     for line in run(_not_a_number, size, size, folder):
         assert f"step 1: non-finite loss, the embeddings of row {', '.join(map(str, rows))} are not finite" in line
+
+
+def _budget(rank: int, size: int, folder: Path, ends: str) -> dict[str, Any]:
+    """Three steps with kept graphs as memory allows, against none; rank 1 has less memory, or none left in step 3."""
+    common = {"max_steps": 3, "rows": 32, "global_batch_size": 32}
+    none = _train(folder, (rank, size), **common)
+    made = _prepare(folder, (rank, size), **common, graph_memory="auto" if ends == "auto" else 1.0)
+    if ends == "auto":
+        available = 5e6 if rank else 5e7
+        psutil.virtual_memory = lambda: SimpleNamespace(available=available)
+    else:
+        exhausted: list[bool] = []
+
+        def exhaust(*_: Any) -> None:
+            kept = sum(graph for graph, *_ in made.seen[made.marks[-1] :])
+            if rank == size - 1 and made.trainer.state.global_step == 2 and kept == 2 and not exhausted:
+                exhausted.append(True)
+                raise torch.OutOfMemoryError("as CUDA says it")
+
+        made.trainer.model[0].register_forward_hook(exhaust)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        made.trainer.train()
+    passes = [[graph for graph, *_ in made.seen[a:b]] for a, b in itertools.pairwise([*made.marks, None])]
+    return {
+        "same": all(torch.equal(a, b) for a, b in zip(made.gradients, none.gradients, strict=True)),
+        "forwards": [len(p) for p in passes],
+        "first": [p.count(False) for p in passes],
+        "recomputed": [round(log["recomputed_share"], 3) for log in made.logs],
+        "said": [line for line in out.getvalue().splitlines() if "graph" in line],
+    }
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_memory_left_after_a_step_goes_to_kept_graphs_alike_on_all_ranks(folder: Path, size: int) -> None:
+    ranks = run(_budget, size, size, folder, "auto")
+    assert len({(*seen["forwards"], *seen["first"], *seen["recomputed"]) for seen in ranks}) == 1
+    for rank, seen in enumerate(ranks):
+        assert seen["same"]
+        assert seen["recomputed"][0] == 1 and seen["recomputed"][1] == seen["recomputed"][2] < 1
+        free = 5e7 / 2 if size == 1 else 5e6 / 2 / size
+        line = f"graph memory: {free / 2**30:.3g} GiB a process for kept graphs (train.graph_memory=auto)"
+        assert seen["said"] == ([] if rank else [line])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_kept_graphs_that_do_not_fit_are_dropped_on_all_ranks_and_the_step_is_done_again(
+    folder: Path, size: int
+) -> None:
+    for rank, seen in enumerate(run(_budget, size, size, folder, "full")):
+        assert seen["same"]
+        assert seen["recomputed"][0] == seen["recomputed"][1] < 1 and seen["recomputed"][2] == 1
+        line = "step 3: out of memory with kept graphs; none is kept from here on"
+        assert seen["said"] == ([] if rank else [line])
+
+
+def _counted(rank: int, size: int, folder: Path) -> list[dict[str, float]]:
+    made = _prepare(folder, (rank, size), model={"dropout": 0.0})
+    measured: list[tuple[int, ...]] = []  # texts, length, real tokens, squared lengths of each forward
+
+    def note(_: Any, inputs: Any) -> None:
+        mask = inputs[0]["attention_mask"]
+        measured.append((*mask.shape, int(mask.sum()), int(mask.sum(1).square().sum()), torch.is_grad_enabled()))
+
+    made.trainer.model.register_forward_pre_hook(note)
+    flops.device_peak = lambda *_: 1e12  # this CPU stands for a GPU that is known
+    made.trainer.train()
+    sums = torch.zeros(4, dtype=torch.float64)
+    for texts, length, real, squares, graph in measured:
+        sums += torch.tensor([0, 0, texts * length, 0] if graph else [real, texts * length, 0, squares])
+    if size > 1:
+        torch.distributed.all_reduce(sums)
+    return [dict(zip(("real", "padded", "again", "squares"), sums.tolist(), strict=True)), made.logs[0]]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_logged_tokens_are_those_that_went_through_the_encoder(folder: Path, size: int) -> None:
+    parameters = 2 * (4 * (32 * 32 + 32) + 2 * 32 * 64 + 64 + 32 + 4 * 32) + 2 * 32
+    for counted, log in run(_counted, size, size, folder):
+        assert log["padded_over_real"] == pytest.approx(counted["padded"] / counted["real"])
+        assert log["recomputed_share"] == pytest.approx(counted["again"] / counted["padded"])
+        done = 6 * parameters * counted["real"] + 12 * 2 * 32 * counted["squares"]
+        seconds = counted["real"] / log["real_tokens_per_s"]
+        assert log["mfu"] == pytest.approx(done / seconds / 1e12 / size)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
@@ -18,11 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from launch.config import RunConfig
 from launch.errors import UserError
 from launch.world import World
-from trainer import collectives
+from trainer import collectives, flops
 from trainer.batching import Plan
 from trainer.data import data_order, text_columns
 from trainer.engines import DDP, Engine, Single
-from trainer.gradcache import GradCache, StepAbandoned
+from trainer.gradcache import OUT_OF_MEMORY, GradCache, StepAbandoned
 from trainer.known import KnownPositives, known_positives
 from trainer.loader import Batch, BatchFeatures, Steps
 from trainer.model import max_length_of
@@ -115,10 +116,12 @@ class ExactStep:
             data.known,
         )
         self._step: GradCache | None = None
-        self._warned = False
+        self._world, self._warned = world, False
+        memory = config.train.graph_memory
+        self._graph_budget = None if memory == "auto" else memory * _GIB  # bytes; None = not measured yet
         self._graph_bytes = 0.0  # of a kept graph, per padded token
         self._ended = time.perf_counter()
-        self._log = _Sums()
+        self._log = _Sums(flops.of_training(model))
 
     def run(self, model: nn.Module, batch: Batch, backward: Callable[[Tensor], None]) -> Tensor:
         """Loss of this rank (its mean over ranks is the batch's), gradients left on the parameters.
@@ -135,8 +138,22 @@ class ExactStep:
             )
             self._step = GradCache(engine, self._objective, self._config.train.seed, stop_asked=self._stop_asked)
             self._graph_bytes = self._measure(batch.plan, features, device)
+            self._log.peak = flops.device_peak(device, self._config.train.precision)
+        elif self._graph_budget is None:
+            self._graph_budget = self._share_of_memory(device)
         kept = self._kept(batch.plan)
-        outcome = dataclasses.replace(self._step, kept=kept).step(batch.plan, features, batch.step)
+        try:
+            outcome = dataclasses.replace(self._step, kept=kept).step(batch.plan, features, batch.step)
+        except StepAbandoned as error:
+            if error.reason != OUT_OF_MEMORY:
+                raise
+            outcome = None
+        if outcome is None:  # outside of the handler: its traceback holds the graphs
+            kept, self._graph_budget = 0, 0.0
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            _say(f"step {batch.step + 1}: out of memory with kept graphs; none is kept from here on")
+            outcome = dataclasses.replace(self._step, kept=0).step(batch.plan, features, batch.step)
         self._log.add(batch, kept, outcome.loss_by_dim, outcome.seconds, started - self._ended, self._data.cache)
         self._ended = time.perf_counter()
         return outcome.loss
@@ -207,27 +224,53 @@ class ExactStep:
             per_token = largest.item()
         return per_token
 
+    def _share_of_memory(self, device: torch.device) -> float:
+        """Bytes for kept graphs with `auto`: the least over ranks, after a whole step. All ranks must call."""
+        free = torch.tensor([free_bytes(device, self._world.local_world_size)], dtype=torch.float64, device=device)
+        if collectives.world_size() > 1:
+            dist.all_reduce(free, dist.ReduceOp.MIN)
+        _say(f"graph memory: {free.item() / _GIB:.3g} GiB a process for kept graphs (train.graph_memory=auto)")
+        return free.item()
+
     def _kept(self, plan: Plan) -> int:
         """Leading micro-batches whose graphs fit into the memory given; the same number on all ranks."""
-        if not self._graph_bytes:
+        if not self._graph_bytes or not self._graph_budget:
             return 0
         longest = np.maximum.reduceat(plan.lengths.max(0), plan.cuts[:-1])
         held = np.cumsum(longest * np.diff(plan.cuts)) * self._graph_bytes
-        return int(np.searchsorted(held, self._config.train.graph_memory * _GIB, side="right"))
+        return int(np.searchsorted(held, self._graph_budget, side="right"))
+
+
+def free_bytes(device: torch.device, processes: int) -> float:
+    """Bytes that may go to kept graphs: on a GPU nine tenths of what a step leaves free, on a CPU half of what the
+    machine has left, shared by its `processes`."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+        return max(0.0, 0.9 * (torch.cuda.mem_get_info(device)[0] + unused))
+    return 0.5 * psutil.virtual_memory().available / processes
+
+
+def _say(line: str) -> None:
+    """Print on rank 0."""
+    if collectives.rank() == 0:
+        print(line, flush=True)
 
 
 class _Sums:
     """Sums over the steps since the last log."""
 
-    def __init__(self) -> None:
+    def __init__(self, training_flops: tuple[float, float] | None) -> None:
+        """`training_flops` for each token and each squared length, of forward and backward."""
+        self.peak: float | None = None  # FLOP/s of a device
+        self._flops = training_flops
         self._clear()
 
     def _clear(self) -> None:
         self._count = 0
         self._by_dim: Tensor | None = None
         self._seconds: dict[str, float] = {}
-        # [real, padded, computed again] tokens, [distinct, all] texts, masked share
-        self._numbers = np.zeros(6)
+        # [real, padded, computed again] tokens, [distinct, all] texts, masked share, squared lengths
+        self._numbers = np.zeros(7)
         self._since = time.perf_counter()
 
     def add(
@@ -241,19 +284,17 @@ class _Sums:
     ) -> None:
         """Count one step; `other` seconds lie between the last step's end and this one's start."""
         plan = batch.plan
-        real = padded = again = 0
-        for rank in range(plan.world_size):
-            longest = np.maximum.reduceat(plan.lengths[rank], plan.cuts[:-1]) * np.diff(plan.cuts)
-            real += int(plan.lengths[rank].sum())
-            padded += int(longest.sum())
-            again += int(longest[kept:].sum()) if len(longest) > 1 else 0
+        longest = np.maximum.reduceat(plan.lengths, plan.cuts[:-1], axis=1) * np.diff(plan.cuts)
+        last = longest.shape[1] - 1  # always computed again, but where it is the only one
+        again = int(longest[:, min(kept, last) :].sum()) if last else 0
         self._numbers += (
-            real,
-            padded,
+            plan.lengths.sum(),
+            longest.sum(),
             again,
             plan.distinct,
             batch.rows.size * len(cache.columns),
             plan.masked_share,
+            np.square(plan.lengths, dtype=np.float64).sum(),
         )
         self._by_dim = by_dim.clone() if self._by_dim is None else self._by_dim + by_dim
         for phase, value in (*seconds.items(), ("plan", batch.seconds), ("optimiser", other)):
@@ -264,7 +305,7 @@ class _Sums:
         """Means per step and shares, then start anew. All ranks must call."""
         count = max(1, self._count)
         elapsed = time.perf_counter() - self._since
-        real, padded, again, distinct, texts, masked = self._numbers.tolist()
+        real, padded, again, distinct, texts, masked, squares = self._numbers.tolist()
         metrics: dict[str, float] = {}
         if self._by_dim is not None:
             by_dim = self._by_dim / count
@@ -280,5 +321,8 @@ class _Sums:
             "distinct_share": distinct / max(1.0, texts),
             "masked_share": masked / count,
         }
+        if self.peak and self._flops:
+            done = self._flops[0] * real + self._flops[1] * squares
+            metrics["mfu"] = done / (elapsed * self.peak * collectives.world_size())
         self._clear()
         return metrics

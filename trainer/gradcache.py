@@ -22,7 +22,9 @@ from trainer.batching import Plan
 from trainer.engines import Engine
 from trainer.infonce import Loss, Objective, infonce
 
-_STOP, _NON_FINITE = 1, 2
+_STOP, _NON_FINITE, _FULL = 1, 2, 3
+OUT_OF_MEMORY = "out of memory"
+_REASONS = {_STOP: "stop asked", _NON_FINITE: "non-finite loss", _FULL: OUT_OF_MEMORY}
 
 
 class StepAbandoned(Exception):
@@ -32,7 +34,7 @@ class StepAbandoned(Exception):
     """
 
     def __init__(self, code: int, texts: np.ndarray | None = None) -> None:
-        self.reason = "non-finite loss" if code == _NON_FINITE else "stop asked"
+        self.reason = _REASONS[code]
         self.texts = np.zeros(0, np.int64) if texts is None else texts
         super().__init__(self.reason)
 
@@ -61,7 +63,8 @@ class GradCache:
         """Add the gradient of one global batch to the parameters. All ranks must call, with the same plan.
 
         Raises StepAbandoned on all ranks if one of them is asked to stop or has a loss that is not finite;
-        gradients are then left half done.
+        gradients are then left half done. So it does where kept graphs do not fit in one of them, and then nothing
+        is done yet.
         """
         rank = collectives.rank()
         micro_batches = plan.micro_batches(rank)
@@ -73,13 +76,20 @@ class GradCache:
                 return self.engine.forward(features(micro_batches[index]), synchronise)
 
         # 1. Embed. A batch that is one micro-batch is run once, through whatever synchronises.
-        kept, parts = {}, []
-        for index in range(last + 1):
-            keep = index < min(self.kept, last) or last == 0
-            embeddings = embed(index, keep, synchronise=last == 0)
-            parts.append(embeddings.detach())
-            if keep:
-                kept[index] = embeddings
+        kept, parts, full = {}, [], False
+        try:
+            for index in range(last + 1):
+                keep = index < min(self.kept, last) or last == 0
+                embeddings = embed(index, keep, synchronise=last == 0)
+                parts.append(embeddings.detach())
+                if keep:
+                    kept[index] = embeddings
+        except torch.OutOfMemoryError:
+            if min(self.kept, last) == 0:
+                raise
+            kept, parts, full = {}, [], True
+        if min(self.kept, last) > 0 and collectives.highest(_FULL if full else 0, _device()):
+            raise StepAbandoned(_FULL)
         clock.append(time.perf_counter())
 
         # 2. Loss and its gradient at the embeddings.
@@ -138,6 +148,10 @@ def _merged(is_anchor: Tensor, anchors: Tensor, candidates: Tensor) -> Tensor:
     merged = anchors.new_empty(len(is_anchor), anchors.shape[1])
     merged[is_anchor], merged[~is_anchor] = anchors, candidates
     return merged
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager
