@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     conditions = (
         f"most over {len(found)} settings: 2 and 4 gloo processes, batches {batches}, columns {columns}, dims "
         f"{tuple(DIMS)}, {micro_batches} texts a micro-batch, DDP, fp64; gradients agree to {max(errors):.0e}; in the "
-        f"same settings the rival sends {min(times):.1f} to {max(times):.0f} times our bytes and has"
+        f"same settings the rival sends {min(times):.1f} to {max(times):.0f} times our bytes and calls"
     )
     claims = []
     for name, unit in (("gathers", "all-gathers a step"), ("scatters", "reduce-scatters a step")):

@@ -45,8 +45,8 @@ def test_quick_form_writes_its_claims(name: str, tmp_path: Path) -> None:
     if name == "collectives":
         assert [claim["value"] for claim in written["claims"]] == [1, 1]
         # sentence-transformers' own, of 2 to 5 columns, 1 or 5 dims and 1 to 8 chunks of the loss.
-        assert written["claims"][0]["conditions"].endswith("has 2 to 25")
-        assert written["claims"][1]["conditions"].endswith("has 2 to 200")
+        assert written["claims"][0]["conditions"].endswith("calls 2 to 25")
+        assert written["claims"][1]["conditions"].endswith("calls 2 to 200")
     assert {"cpu", "cores", "threads"} <= set(written["machine"]) and written["machine"]["threads"] == 1
     assert written["versions"]["sentence-transformers"] == "6.2.0"
 
