@@ -58,6 +58,7 @@ class Prepared:
     held_out: Any
     model: Any
     data: Any  # trainer.exact_step.Tokenised, None where sentence-transformers' own code trains
+    held_out_data: Any  # the same of the held-out pairs, None where their loss is not asked for
 
 
 def run(config: RunConfig, run_file: Path, argv: list[str], world: World) -> int:
@@ -95,16 +96,22 @@ def _prepare(run: Run) -> Prepared:
 
     from trainer.arguments import is_exact
     from trainer.data import open_sources
-    from trainer.exact_step import check_arguments, check_candidates, tokenise
+    from trainer.exact_step import check_arguments, check_candidates, tokenise, tokenise_held_out
     from trainer.model import freeze_unused, load_model
 
     config, cache_dir = run.config, Path(run.config.data.cache_dir)
     exact = is_exact(config)
+    if config.evaluate and config.evaluate.loss_every and not exact:
+        raise UserError(
+            f"evaluate.loss_every: got {config.evaluate.loss_every}, which only the exact step computes; "
+            "allowed here: null"
+        )
     if exact:
         check_arguments(config)
     with run.clock.phase("data"):
         rows, facts = open_sources(config.data.sources, cache_dir, config.data.max_rows)
-        held_out = open_sources(config.evaluate.sources, cache_dir)[0] if config.evaluate else None
+        sources = config.evaluate.sources if config.evaluate else []
+        held_out, held_out_facts = open_sources(sources, cache_dir) if sources else (None, [])
     refuse_other_data(run.run_dir, facts)
     if len(rows) < config.train.global_batch_size:
         raise UserError(
@@ -120,14 +127,16 @@ def _prepare(run: Run) -> Prepared:
     with run.clock.phase("load"):
         model = load_model(config.model, "cpu")
     frozen = freeze_unused(model)
-    data = None
+    data = held_out_data = None
     if exact:
         with run.clock.phase("tokenise"):
             data = tokenise(config, rows, facts, model)
+            if config.evaluate and config.evaluate.loss_every:
+                held_out_data = tokenise_held_out(config, held_out, held_out_facts, model)
         check_candidates(data, config.loss.mask_known_positives)
     if frozen:
         run.say(f"frozen: {', '.join(frozen)} (no embedding depends on them)")
-    return Prepared(rows, facts, held_out, model, data)
+    return Prepared(rows, facts, held_out, model, data, held_out_data)
 
 
 def _train(run: Run, prepared: Prepared) -> Any:
@@ -158,7 +167,9 @@ def _train(run: Run, prepared: Prepared) -> Any:
         run.say(line)
     if resume:
         run.say(f"resuming from {resume}")
-    step = ExactStep(config, model, prepared.data, run.world, bool) if prepared.data else None
+    step = None
+    if prepared.data:
+        step = ExactStep(config, model, prepared.data, run.world, bool, prepared.held_out_data)
     trainer = ContrastiveTrainer(config, model, args, prepared.rows, loss, run_dir, step)
     with run.clock.phase("train"):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
