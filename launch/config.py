@@ -282,6 +282,12 @@ class Evaluate(Section):
     """Size that the corpus is drawn down to, relevant passages first; null = whole. Smaller is easier."""
     batch_tokens: int = Field(default=8192, ge=1)
     """Texts that are embedded together: rows x longest length stays below this."""
+    loss_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two looks at the loss of the held-out pairs during training, without dropout; null = none. For
+    the exact step."""
+    loss_batch_size: Annotated[int, Field(ge=2)] | None = None
+    """Rows that are scored against each other for that loss, in the order of the sources; rows that do not fill a
+    batch are left out. null = train.global_batch_size, so that it compares with the training loss."""
 
 
 class Export(Section):

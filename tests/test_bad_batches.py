@@ -120,6 +120,22 @@ def test_a_data_set_of_one_candidate_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "evaluate.loss_batch_size: got 8, but the held-out sources have 7 rows"),
+        (["loss.step=library"], "evaluate.loss_every: got 2, which only the exact step computes"),
+    ],
+    ids=["too few rows", "another step"],
+)
+def test_a_held_out_loss_that_cannot_be_had_is_refused(tmp_path: Path, words: list[str], message: str) -> None:
+    run_file = _run_file(tmp_path, [_write(tmp_path / "one.jsonl", _plain(16))])
+    held_out = _write(tmp_path / "held_out.jsonl", _plain(7, "net"))
+    evaluate = f"evaluate={{sources: [{{path: {held_out}}}], loss_every: 2}}"
+    assert message in _one_line(_processes([run_file, evaluate, *words]))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_step_without_negatives_is_said_once_and_changes_nothing(tmp_path: Path) -> None:
     """Two batches of one question with its answers, which mask each other; the rows of a third can be told apart."""
     sources = [_write(tmp_path / "plain.jsonl", _plain(8))]

@@ -5,6 +5,7 @@ that the optimiser is about to see.
 """
 
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -29,13 +30,14 @@ from tests import tiny_models
 from tests.distributed import run
 from trainer import flops
 from trainer.arguments import is_exact, training_arguments
-from trainer.exact_step import ExactStep, tokenise
+from trainer.exact_step import ExactStep, tokenise, tokenise_held_out
 from trainer.losses import build_loss
 from trainer.model import freeze_unused, load_model
 from trainer.trainer import ContrastiveTrainer
 
 WORDS = " ".join(tiny_models.SENTENCES).split()
 COLUMNS = ("anchor", "positive", "negative")
+HELD_OUT = 20
 
 
 def _rows(count: int, seed: int = 0) -> datasets.Dataset:
@@ -66,13 +68,20 @@ def _flat(tensors: Any) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])
 
 
-def _settings(folder: Path, model: dict[str, Any], loss: dict[str, Any], train: dict[str, Any]) -> RunConfig:
+def _held_out() -> datasets.Dataset:
+    return _rows(HELD_OUT, seed=7).remove_columns("negative")
+
+
+def _settings(
+    folder: Path, model: dict[str, Any], loss: dict[str, Any], evaluate: dict[str, Any] | None, train: dict[str, Any]
+) -> RunConfig:
     defaults = {"global_batch_size": 16, "max_steps": 1, "max_grad_norm": None, "micro_batch_tokens": 96}
     return RunConfig.model_validate(
         {
             "model": {"path": str(folder / "model"), **model},
             "data": {"sources": [{"path": "rows"}], "cache_dir": str(folder / "cache")},
             "loss": {"dims": [32, 8], "mask_known_positives": False, **loss},
+            "evaluate": evaluate and {"sources": [{"path": "held out"}], **evaluate},
             "train": {**defaults, "report_to": [], "optim": "sgd", "learning_rate": 0.1, **train},
         }
     )
@@ -86,6 +95,7 @@ def _prepare(
     double: bool = False,
     model: dict[str, Any] | None = None,
     loss: dict[str, Any] | None = None,
+    evaluate: dict[str, Any] | None = None,
     **train: Any,
 ) -> Run:
     """A trainer as trainer/main.py makes it, in a process of tests/distributed.py; all ranks must call."""
@@ -93,17 +103,20 @@ def _prepare(
     if size > 1:  # what torchrun sets
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
         os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    config = _settings(folder, model or {}, loss or {}, train)
+    config = _settings(folder, model or {}, loss or {}, evaluate, train)
     world = World(rank, rank, size, size, 1)
     encoder = load_model(config.model, "cpu")
     freeze_unused(encoder)
     if double:
         encoder.double()
-    data = _rows(rows)
+    data, held_out = _rows(rows), None
     tokenised = tokenise(config, data, [{"name": "rows", "fingerprint": str(rows), "rows": rows}], encoder)
     args = training_arguments(config, folder / f"run-{rank}", world)
     args.save_strategy = "no"
-    step = ExactStep(config, encoder, tokenised, world, bool) if is_exact(config) else None
+    if config.evaluate:
+        facts = [{"name": "held out", "fingerprint": "held out", "rows": HELD_OUT}]
+        held_out = tokenise_held_out(config, _held_out(), facts, encoder)
+    step = ExactStep(config, encoder, tokenised, world, bool, held_out) if is_exact(config) else None
     (folder / f"run-{rank}").mkdir(exist_ok=True)
     trainer = ContrastiveTrainer(
         config, encoder, args, data, build_loss(config.loss, encoder), folder / f"run-{rank}", step
@@ -363,3 +376,52 @@ def test_logged_tokens_are_those_that_went_through_the_encoder(folder: Path, siz
         done = 6 * parameters * counted["real"] + 12 * 2 * 32 * counted["squares"]
         seconds = counted["real"] / log["real_tokens_per_s"]
         assert log["mfu"] == pytest.approx(done / seconds / 1e12 / size)
+
+
+def _held_out_loss(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """The loss of two held-out batches of 7 of 20 rows every second step, and cross-entropy with the same weights."""
+    common = {"double": True, "model": {"dropout": 0.3}, "max_steps": 5, "logging_steps": 5}
+    without = _train(folder, (rank, size), **common)
+    evaluate = {"loss_every": 2, "loss_batch_size": 7, "batch_tokens": 60}
+    made = _prepare(folder, (rank, size), evaluate=evaluate, **common)
+    model, truths = made.trainer.model, {}
+
+    class Truth(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            assert model.training
+            by_dim = torch.zeros(2, dtype=torch.float64)
+            quiet = copy.deepcopy(model).eval()
+            for start in (0, 7):
+                rows = _held_out()[start : start + 7]
+                inputs = [quiet.preprocess(rows[column]) for column in ("anchor", "positive")]
+                with torch.no_grad():
+                    columns = [quiet(i)["sentence_embedding"] for i in inputs]
+                for k, dim in enumerate((32, 8)):
+                    a, p = (torch.nn.functional.normalize(c[:, :dim], dim=1) for c in columns)
+                    by_dim[k] += torch.nn.functional.cross_entropy(20 * a @ p.T, torch.arange(7)) / 2
+            truths[state.global_step] = [float(by_dim.sum()), *by_dim.tolist()]
+
+    made.trainer.add_callback(Truth())
+    made.trainer.train()
+    names = ("eval_loss", "eval_loss_32", "eval_loss_8")
+    logged = {log["step"]: [log[name] for name in names] for log in made.trainer.state.log_history if names[0] in log}
+    lines = (folder / f"run-{rank}" / "metrics.jsonl").read_text().splitlines()[-3:] if rank == 0 else []
+    return {
+        "same": all(torch.equal(a, b) for a, b in zip(made.gradients, without.gradients, strict=True)),
+        "logged": logged,
+        "truths": truths,
+        "lines": [json.loads(line) for line in lines],
+    }
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_held_out_loss_is_that_of_its_batches_and_leaves_the_training_as_it_was(folder: Path, size: int) -> None:
+    for rank, seen in enumerate(run(_held_out_loss, size, size, folder)):
+        assert seen["same"]
+        assert {*seen["logged"]} == {2, 4}
+        for step, values in seen["logged"].items():
+            assert values == pytest.approx(seen["truths"][step], rel=1e-10)
+        if rank == 0:
+            assert [line["step"] for line in seen["lines"]] == [2, 4, 5]
+            by_dim = dict(zip(("32", "8"), seen["truths"][4][1:], strict=True))
+            assert seen["lines"][1]["eval_loss_by_dim"] == pytest.approx(by_dim)

@@ -1,6 +1,7 @@
 """The table of known positives finds what a walk over all pairs finds: `python -m pytest tests/test_known.py`."""
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ import datasets
 import numpy as np
 import pytest
 
+from trainer.batching import make_plan
 from trainer.known import KnownPositives, known_positives
 from trainer.loader import Steps
 from trainer.sampler import DataOrder
-from trainer.targets import Scoring
 from trainer.tokens import TokenCache, text_id
 
 
@@ -72,7 +73,8 @@ def test_steps_mask_what_rows_and_table_say(tmp_path: Path) -> None:
     order = DataOrder(0, 24, (24,))
     shares = []
     for known in (None, _table(pairs, tmp_path)):
-        steps = Steps(_cache(texts), order, 2, 64, True, False, Scoring(), known)
+        plan = partial(make_plan, world_size=2, micro_batch_tokens=64)
+        steps = Steps(_cache(texts), order, plan, known)
         shares.append(steps[0, 0]["batch"].plan.masked_share)
         right = {(row[0], row[1]) for row in texts} | ({(a.lower(), p.lower()) for a, p in pairs} if known else set())
         left_out = sum((row[0], text) in right for row in texts for other in texts for text in other[1:]) - len(texts)

@@ -65,7 +65,7 @@ train:
 FULL = """
 loss: {dims: [384, 64]}
 checkpoint: {every: 2}
-evaluate: {sources: [{path: HELD}]}
+evaluate: {sources: [{path: HELD}], loss_every: 3}
 export: {}
 """
 
@@ -116,6 +116,8 @@ def test_two_processes_train_evaluate_and_export(tmp_path: Path) -> None:
     tags = _tensorboard_tags(run_dir)
     assert {"train/loss", "train/loss_384", "train/loss_64", "train/learning_rate", "train/grad_norm"} <= tags
     assert {"train/real_tokens_per_s", "train/padded_over_real", "train/memory_bytes"} <= tags
+    assert [line["step"] for line in lines if line.get("eval_loss", 0) > 0] == [3, 6]
+    assert {"eval/loss", "eval/loss_384", "eval/loss_64"} <= tags and "held-out loss" in out
     # The second run into the same folder is refused and the first stays as it is.
     before = (run_dir / "run.json").read_bytes()
     code, out, err = _finish(_start(str(run_file), "train.world_size=1"))

@@ -3,7 +3,8 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from launch.config import RunConfig
 from launch.errors import UserError
 from launch.world import World
 from trainer import collectives, flops
-from trainer.batching import Plan
+from trainer.batching import OVERHEAD_TOKENS, Plan, make_plan
 from trainer.data import data_order, text_columns
 from trainer.engines import DDP, Engine, Single
 from trainer.gradcache import OUT_OF_MEMORY, GradCache, StepAbandoned
@@ -29,6 +30,7 @@ from trainer.loader import Batch, BatchFeatures, Steps
 from trainer.model import max_length_of
 from trainer.objective import objective_of
 from trainer.sampler import DataOrder
+from trainer.step_sums import StepSums
 from trainer.tokens import Padder, TokenCache, role_of, token_cache
 
 _GIB = 1 << 30
@@ -43,6 +45,29 @@ class Tokenised:
     cache: TokenCache
     order: DataOrder
     known: KnownPositives | None = None
+
+
+class _InOrder(DataOrder):
+    """Rows of one source as they come."""
+
+    def rows_of_step(self, epoch: int, step: int) -> np.ndarray:
+        return step * self.global_batch_size + np.arange(self.global_batch_size)
+
+
+def tokenise_held_out(
+    config: RunConfig, rows: Any, facts: list[dict[str, Any]], model: SentenceTransformer
+) -> Tokenised:
+    """Token cache and fixed order of the held-out pairs, as `tokenise`; raises UserError where they fill no batch."""
+    assert config.evaluate is not None
+    size = config.evaluate.loss_batch_size or config.train.global_batch_size
+    if len(rows) < size:
+        raise UserError(
+            f"evaluate.loss_batch_size: got {size:,}, but the held-out sources have {len(rows):,} rows; "
+            f"allowed: 2 to {len(rows):,}"
+        )
+    fingerprint = "+".join(f["fingerprint"] for f in facts)
+    cache = token_cache(rows, fingerprint, text_columns(rows.column_names), model, Path(config.data.cache_dir))
+    return Tokenised(cache, _InOrder(config.train.seed, size, (len(rows),)))
 
 
 def tokenise(
@@ -97,6 +122,7 @@ class ExactStep:
         data: Tokenised,
         world: World,
         stop_asked: Callable[[], bool],
+        held_out: Tokenised | None = None,
     ) -> None:
         self._config, self._model, self._data, self._stop_asked = config, model, data, stop_asked
         width = model.get_embedding_dimension()
@@ -105,23 +131,25 @@ class ExactStep:
         self._padder = Padder(model)
         # A pooling that skips the prompt takes one prompt length per batch.
         self._apart = any(isinstance(m, Pooling) and not m.include_prompt for m in model)
-        self.steps = Steps(
-            data.cache,
-            data.order,
-            world.world_size,
-            config.train.micro_batch_tokens,
-            config.loss.mask_known_positives,
-            self._apart,
-            self._objective.scoring,
-            data.known,
+        self._plan = partial(
+            make_plan,
+            world_size=world.world_size,
+            overhead_tokens=OVERHEAD_TOKENS["cuda" if torch.cuda.is_available() else "cpu"],
+            masks=config.loss.mask_known_positives,
+            separate_roles=self._apart,
+            scoring=self._objective.scoring,
         )
+        plan = partial(self._plan, micro_batch_tokens=config.train.micro_batch_tokens)
+        self.steps = Steps(data.cache, data.order, plan, data.known)
+        self._held_out = held_out
+        self._held_out_loss: dict[str, float] = {}
         self._step: GradCache | None = None
         self._world, self._warned = world, False
         memory = config.train.graph_memory
         self._graph_budget = None if memory == "auto" else memory * _GIB  # bytes; None = not measured yet
         self._graph_bytes = 0.0  # of a kept graph, per padded token
         self._ended = time.perf_counter()
-        self._log = _Sums(flops.of_training(model))
+        self._log = StepSums(flops.of_training(model))
 
     def run(self, model: nn.Module, batch: Batch, backward: Callable[[Tensor], None]) -> Tensor:
         """Loss of this rank (its mean over ranks is the batch's), gradients left on the parameters.
@@ -160,7 +188,33 @@ class ExactStep:
 
     def metrics(self) -> dict[str, float]:
         """Means since the last call, for the log; losses by dim are means over ranks. All ranks must call."""
-        return self._log.take(self._objective.dims)
+        held_out, self._held_out_loss = self._held_out_loss, {}
+        return self._log.take(self._objective.dims) | held_out
+
+    def measure_held_out(self) -> None:
+        """Take the loss of the held-out pairs into the next `metrics`: eval_loss, and eval_loss_DIM unweighted.
+
+        Without dropout, mean over the batches; nothing of the training changes. All ranks must call, after a step.
+        """
+        assert self._held_out is not None and self._config.evaluate is not None and self._step is not None
+        data, device = self._held_out, next(self._model.parameters()).device
+        plan = partial(self._plan, micro_batch_tokens=self._config.evaluate.batch_tokens)
+        steps = Steps(data.cache, data.order, plan, data.known)
+        step = dataclasses.replace(self._step, stop_asked=bool)
+        sums = torch.zeros(1 + len(self._objective.dims), dtype=torch.float64, device=device)
+        self._model.eval()
+        for number in range(len(steps)):
+            batch = steps[0, number]["batch"]
+            features = BatchFeatures(data.cache, self._padder, batch.rows, device, self._apart)
+            loss = step.loss(batch.plan, features)
+            sums += torch.cat([loss.value[None], loss.by_dim])
+        self._model.train()
+        if collectives.world_size() > 1:
+            dist.all_reduce(sums)
+        total, *by_dim = (sums / (len(steps) * collectives.world_size())).tolist()
+        named = {f"eval_loss_{dim}": value for dim, value in zip(self._objective.dims, by_dim, strict=True)}
+        self._held_out_loss = {"eval_loss": total} | named
+        self._ended = time.perf_counter()
 
     def explain(self, error: StepAbandoned, batch: Batch, run_dir: Path) -> UserError:
         """The one line that a run ends with where the loss is not finite: the step and the rows. All ranks must call.
@@ -254,75 +308,3 @@ def _say(line: str) -> None:
     """Print on rank 0."""
     if collectives.rank() == 0:
         print(line, flush=True)
-
-
-class _Sums:
-    """Sums over the steps since the last log."""
-
-    def __init__(self, training_flops: tuple[float, float] | None) -> None:
-        """`training_flops` for each token and each squared length, of forward and backward."""
-        self.peak: float | None = None  # FLOP/s of a device
-        self._flops = training_flops
-        self._clear()
-
-    def _clear(self) -> None:
-        self._count = 0
-        self._by_dim: Tensor | None = None
-        self._seconds: dict[str, float] = {}
-        # [real, padded, computed again] tokens, [distinct, all] texts, masked share, squared lengths
-        self._numbers = np.zeros(7)
-        self._since = time.perf_counter()
-
-    def add(
-        self,
-        batch: Batch,
-        kept: int,
-        by_dim: Tensor,
-        seconds: dict[str, float],
-        other: float,
-        cache: TokenCache,
-    ) -> None:
-        """Count one step; `other` seconds lie between the last step's end and this one's start."""
-        plan = batch.plan
-        longest = np.maximum.reduceat(plan.lengths, plan.cuts[:-1], axis=1) * np.diff(plan.cuts)
-        last = longest.shape[1] - 1  # always computed again, but where it is the only one
-        again = int(longest[:, min(kept, last) :].sum()) if last else 0
-        self._numbers += (
-            plan.lengths.sum(),
-            longest.sum(),
-            again,
-            plan.distinct,
-            batch.rows.size * len(cache.columns),
-            plan.masked_share,
-            np.square(plan.lengths, dtype=np.float64).sum(),
-        )
-        self._by_dim = by_dim.clone() if self._by_dim is None else self._by_dim + by_dim
-        for phase, value in (*seconds.items(), ("plan", batch.seconds), ("optimiser", other)):
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + value
-        self._count += 1
-
-    def take(self, dims: Sequence[int]) -> dict[str, float]:
-        """Means per step and shares, then start anew. All ranks must call."""
-        count = max(1, self._count)
-        elapsed = time.perf_counter() - self._since
-        real, padded, again, distinct, texts, masked, squares = self._numbers.tolist()
-        metrics: dict[str, float] = {}
-        if self._by_dim is not None:
-            by_dim = self._by_dim / count
-            if collectives.world_size() > 1:
-                dist.all_reduce(by_dim)
-                by_dim /= collectives.world_size()
-            metrics |= {f"loss_{dim}": value for dim, value in zip(dims, by_dim.tolist(), strict=True)}
-        metrics |= {f"seconds_{phase}": value / count for phase, value in self._seconds.items()}
-        metrics |= {
-            "real_tokens_per_s": real / elapsed,
-            "padded_over_real": padded / max(1.0, real),
-            "recomputed_share": again / max(1.0, padded),
-            "distinct_share": distinct / max(1.0, texts),
-            "masked_share": masked / count,
-        }
-        if self.peak and self._flops:
-            done = self._flops[0] * real + self._flops[1] * squares
-            metrics["mfu"] = done / (elapsed * self.peak * collectives.world_size())
-        self._clear()
-        return metrics

@@ -4,6 +4,7 @@ A plain DataLoader over step numbers: nothing shards it again, every rank makes 
 over done steps reads no row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.batching import Plan, make_plan
+from trainer.batching import Plan
 from trainer.known import KnownPositives
 from trainer.model import Role
 from trainer.sampler import DataOrder, StepNumbers
-from trainer.targets import Scoring
 from trainer.tokens import Padder, TokenCache, role_of
 
 
@@ -33,19 +33,10 @@ class Steps(Dataset[dict[str, Batch]]):
     """Plans by (epoch, step); pure in its arguments, so loader workers may make them ahead."""
 
     def __init__(
-        self,
-        cache: TokenCache,
-        order: DataOrder,
-        world_size: int,
-        micro_batch_tokens: int,
-        masks: bool,
-        apart: bool,
-        scoring: Scoring,
-        known: KnownPositives | None = None,
+        self, cache: TokenCache, order: DataOrder, plan: Callable[..., Plan], known: KnownPositives | None = None
     ) -> None:
-        self._cache, self._order, self._world_size = cache, order, world_size
-        self._budget, self._masks, self._apart, self._scoring = micro_batch_tokens, masks, apart, scoring
-        self._known = known
+        """`plan` is make_plan with all that is the same for every batch."""
+        self._cache, self._order, self._plan, self._known = cache, order, plan, known
 
     def __len__(self) -> int:
         return self._order.steps_per_epoch
@@ -57,15 +48,10 @@ class Steps(Dataset[dict[str, Batch]]):
         epoch, step = number
         rows = self._order.rows_of_step(epoch, step)
         text_ids = self._cache.text_id[rows]
-        plan = make_plan(
+        plan = self._plan(
             self._cache.token_id[rows],
             text_ids,
             self._cache.lengths(rows),
-            world_size=self._world_size,
-            micro_batch_tokens=self._budget,
-            masks=self._masks,
-            separate_roles=self._apart,
-            scoring=self._scoring,
             known=self._known and self._known.of(text_ids[:, 0]),
         )
         seconds = time.perf_counter() - start

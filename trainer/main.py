@@ -58,6 +58,7 @@ class Prepared:
     held_out: Any
     model: Any
     data: Any  # trainer.exact_step.Tokenised, None where sentence-transformers' own code trains
+    held_out_data: Any  # the same of the held-out pairs, None where their loss is not asked for
 
 
 def run(config: RunConfig, run_file: Path, argv: list[str], world: World) -> int:
@@ -94,12 +95,17 @@ def _prepare(run: Run) -> Prepared:
     from transformers import set_seed
 
     from trainer.data import open_sources, refuse_gaps
-    from trainer.exact_step import check_candidates, tokenise
+    from trainer.exact_step import check_candidates, tokenise, tokenise_held_out
     from trainer.model import freeze_unused, load_model
     from trainer.objective import check_arguments, is_exact
 
     config, cache_dir = run.config, Path(run.config.data.cache_dir)
     exact = is_exact(config)
+    if config.evaluate and config.evaluate.loss_every and not exact:
+        raise UserError(
+            f"evaluate.loss_every: got {config.evaluate.loss_every}, which only the exact step computes; "
+            "allowed here: null"
+        )
     if exact:
         check_arguments(config)
     with run.clock.phase("data"):
@@ -107,7 +113,8 @@ def _prepare(run: Run) -> Prepared:
         if not exact:
             only = f"{config.loss.name} in sentence-transformers' own code needs every column in every row"
             refuse_gaps(rows, facts, rows.column_names, only)
-        held_out = open_sources(config.evaluate.sources, cache_dir)[0] if config.evaluate else None
+        sources = config.evaluate.sources if config.evaluate else []
+        held_out, held_out_facts = open_sources(sources, cache_dir) if sources else (None, [])
         known = open_sources(config.data.known_positives, cache_dir) if config.data.known_positives else None
     all_facts = facts + [fact | {"name": f"{fact['name']} (known positives)"} for fact in (known[1] if known else ())]
     refuse_other_data(run.run_dir, all_facts)
@@ -125,14 +132,16 @@ def _prepare(run: Run) -> Prepared:
     with run.clock.phase("load"):
         model = load_model(config.model, "cpu")
     frozen = freeze_unused(model)
-    data = None
+    data = held_out_data = None
     if exact:
         with run.clock.phase("tokenise"):
             data = tokenise(config, rows, facts, model, known)
+            if config.evaluate and config.evaluate.loss_every:
+                held_out_data = tokenise_held_out(config, held_out, held_out_facts, model)
         check_candidates(data, config.loss.mask_known_positives)
     if frozen:
         run.say(f"frozen: {', '.join(frozen)} (no embedding depends on them)")
-    return Prepared(rows, all_facts, held_out, model, data)
+    return Prepared(rows, all_facts, held_out, model, data, held_out_data)
 
 
 def _train(run: Run, prepared: Prepared) -> Any:
@@ -163,7 +172,9 @@ def _train(run: Run, prepared: Prepared) -> Any:
         run.say(line)
     if resume:
         run.say(f"resuming from {resume}")
-    step = ExactStep(config, model, prepared.data, run.world, bool) if prepared.data else None
+    step = None
+    if prepared.data:
+        step = ExactStep(config, model, prepared.data, run.world, bool, prepared.held_out_data)
     trainer = ContrastiveTrainer(config, model, args, prepared.rows, loss, run_dir, step)
     with run.clock.phase("train"):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)

@@ -48,7 +48,8 @@ def rewind(path: Path, step: int) -> None:
 
 
 def record(logs: dict[str, float], step: int, epoch: float | None) -> dict[str, Any]:
-    """One line of metrics.jsonl from the Trainer's flat logs: `loss_384` becomes `loss_by_dim["384"]`.
+    """One line of metrics.jsonl from the Trainer's flat logs: `loss_384` becomes `loss_by_dim["384"]`,
+    `eval_loss_384` likewise.
 
     What is not finite becomes null, which JSON has: the norm of a step that the scaler of fp16 skipped.
     """
@@ -58,6 +59,8 @@ def record(logs: dict[str, float], step: int, epoch: float | None) -> dict[str, 
         name, _, rest = key.partition("_")
         if name == "loss" and rest.isdigit():
             nested["loss_by_dim"][rest] = value
+        elif key.startswith("eval_loss_"):
+            nested.setdefault("eval_loss_by_dim", {})[key.removeprefix("eval_loss_")] = value
         elif name == "seconds":
             nested["seconds"][rest] = value
         elif key != "epoch":
@@ -68,6 +71,8 @@ def record(logs: dict[str, float], step: int, epoch: float | None) -> dict[str, 
 def line(logs: dict[str, float], step: int, steps: int) -> str:
     """What the terminal shows of a step."""
     parts = [f"step {step}/{steps}", f"loss {logs['loss']:.4f}", f"lr {logs.get('learning_rate', 0):.2e}"]
+    if "eval_loss" in logs:
+        parts.insert(2, f"held-out loss {logs['eval_loss']:.4f}")
     if "grad_norm" in logs:
         parts.append(f"grad norm {logs['grad_norm']:.3f}")
     if "real_tokens_per_s" in logs:

@@ -229,12 +229,12 @@ def _all_metrics(evaluation: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _curves(steps: list[dict[str, Any]]) -> list[Any]:
-    """Loss, loss by dim, learning rate, gradient norm and throughput, as far as they were logged."""
+    """Losses, learning rate, gradient norm and throughput, as far as they were logged."""
     dims = sorted({d for record in steps for d in record.get("loss_by_dim") or {}}, key=int, reverse=True)
     if len(dims) > _DIMS_DRAWN:
         dims = [dims[round(i * (len(dims) - 1) / (_DIMS_DRAWN - 1))] for i in range(_DIMS_DRAWN)]
     wanted: list[tuple[str, list[tuple[str, Any]], bool]] = [
-        ("Loss", [("loss", lambda r: r.get("loss"))], False),
+        ("Loss", [("loss", lambda r: r.get("loss")), ("held out", lambda r: r.get("eval_loss"))], False),
         ("Loss by dim", [(d, lambda r, d=d: (r.get("loss_by_dim") or {}).get(d)) for d in dims], False),
         ("Learning rate", [("learning rate", lambda r: r.get("learning_rate"))], True),
         ("Gradient norm before clipping", [("norm", lambda r: r.get("grad_norm"))], True),

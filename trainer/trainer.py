@@ -20,7 +20,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from launch.config import RunConfig
 from launch.errors import UserError
@@ -41,6 +41,18 @@ class RoleCollator(SentenceTransformerDataCollator):
 
     def _get_task_for_column(self, column_name: str, column_position: int, router_mapping: dict[str, str]) -> str:
         return router_mapping.get(column_name) or role_of(column_name)
+
+
+class HeldOutLoss(TrainerCallback):
+    """Looks at the held-out loss every so many steps, and has that step logged. All ranks."""
+
+    def __init__(self, exact: ExactStep, every: int) -> None:
+        self._exact, self._every = exact, every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self._every == 0:
+            self._exact.measure_held_out()
+            control.should_log = True
 
 
 class ContrastiveTrainer(SentenceTransformerTrainer):
@@ -71,6 +83,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             callbacks=[StepLog(run_dir / "metrics.jsonl")],
         )
         self.remove_callback(PrinterCallback)  # it repeats StepLog
+        if exact is not None and config.evaluate and config.evaluate.loss_every:
+            self.add_callback(HeldOutLoss(exact, config.evaluate.loss_every))
         self._tokens = torch.zeros(2, dtype=torch.int64, device=args.device)  # [real, padded] since the last log
         self._logged_at = time.monotonic()
 
