@@ -15,6 +15,7 @@ from tokenizers import processors
 
 from launch.config import Prompts
 from launch.errors import UserError
+from tests import tiny_models
 from trainer.tokens import Padder, TokenCache, text_id, token_cache
 
 TEXTS = [
@@ -53,6 +54,32 @@ def test_features_equal_the_models_own_preprocessing(minilm: SentenceTransformer
         lengths = cache.lengths(np.array(picked))[:, column]
         assert lengths.tolist() == expected["attention_mask"].sum(1).tolist()
     assert cache.lengths(np.arange(len(rows)))[:, 0].max() == 16
+
+
+@pytest.mark.parametrize("name", tiny_models.BUILDERS)
+def test_packed_features_equal_the_models_own_preprocessing(name: str, tmp_path: Path) -> None:
+    """Where sentence-transformers flattens inputs (flash attention): keys, values and dtypes; the cache is the same."""
+    model = SentenceTransformer(str(tiny_models.BUILDERS[name](tmp_path / "model")), device="cpu")
+    model.prompts = {"query": "find: ", "document": ""}
+    rows = datasets.Dataset.from_dict({c: tiny_models.SENTENCES for c in ("anchor", "positive", "negative")})
+    padded = _cache(model, tmp_path / "padded", rows)
+    assert not Padder(model).flat
+    tiny_models.flatten(model)
+    cache = _cache(model, tmp_path / "flat", rows)
+    assert np.array_equal(cache.ids, padded.ids) and np.array_equal(cache.offsets, padded.offsets)
+    padder = Padder(model)
+    assert padder.flat
+    for column, role in enumerate(("query", "document")):
+        expected = model.preprocess(tiny_models.SENTENCES, prompt=model.prompts[role], task=role)
+        assert "attention_mask" not in expected
+        features = padder(cache.texts(np.arange(len(rows)) * 3 + column), "cpu")
+        expected.pop("prompt_length", None)  # the loader adds it
+        assert {*features} == {*expected}
+        for key, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(features[key], value) and features[key].dtype == value.dtype, key
+            else:
+                assert features[key] == value, key
 
 
 def test_identities_follow_tokens_role_and_normalised_text(minilm: SentenceTransformer, tmp_path: Path) -> None:

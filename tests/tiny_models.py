@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.modeling_flash_attention_utils as flash
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -137,6 +138,24 @@ def qwen3_embedding(folder: Path) -> Path:
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     build.__name__: build for build in (minilm, bge_base, bge_m3, nomic, modernbert, qwen3_embedding)
 }
+
+
+def flatten(model: SentenceTransformer) -> None:
+    """Make sentence-transformers believe that this model has flash attention, so that it packs texts unpadded.
+
+    The attention that computes stays what it was. Of the models here only the causal one (qwen3_embedding) then
+    answers right: transformers tells its packed texts apart by their positions.
+    """
+    encoder: Any = model[0]
+    config, known = encoder.auto_model.config, flash.lazy_import_flash_attention
+    computes = config._attn_implementation
+    flash.lazy_import_flash_attention = lambda *_, **__: ((None, object(), None, None), None)
+    config._attn_implementation = "flash_attention_2"
+    try:
+        encoder.unpad_inputs = None  # looks at the conditions again
+    finally:
+        flash.lazy_import_flash_attention, config._attn_implementation = known, computes
+    assert encoder.can_flatten_inputs
 
 
 def _bert(folder: Path, pooling: str) -> Path:

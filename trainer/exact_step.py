@@ -149,7 +149,7 @@ class ExactStep:
         self._graph_budget = None if memory == "auto" else memory * _GIB  # bytes; None = not measured yet
         self._graph_bytes = 0.0  # of a kept graph, per padded token
         self._ended = time.perf_counter()
-        self._log = StepSums(flops.of_training(model))
+        self._log = StepSums(flops.of_training(model), self._padder.flat)
 
     def run(self, model: nn.Module, batch: Batch, backward: Callable[[Tensor], None]) -> Tensor:
         """Loss of this rank (its mean over ranks is the batch's), gradients left on the parameters.

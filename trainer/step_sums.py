@@ -15,8 +15,9 @@ from trainer.tokens import TokenCache
 class StepSums:
     """Sums over the steps since the last log."""
 
-    def __init__(self, training_flops: tuple[float, float] | None) -> None:
-        """`training_flops` for each token and each squared length, of forward and backward."""
+    def __init__(self, training_flops: tuple[float, float] | None, flat: bool) -> None:
+        """`training_flops` for each token and each squared length, of forward and backward; `flat` pads nothing."""
+        self.flat = flat
         self.peak: float | None = None  # FLOP/s of a device
         self._flops = training_flops
         self._clear()
@@ -40,7 +41,8 @@ class StepSums:
     ) -> None:
         """Count one step; `other` seconds lie between the last step's end and this one's start."""
         plan = batch.plan
-        longest = np.maximum.reduceat(plan.lengths, plan.cuts[:-1], axis=1) * np.diff(plan.cuts)
+        reduceat = np.add.reduceat if self.flat else np.maximum.reduceat
+        longest = reduceat(plan.lengths, plan.cuts[:-1], axis=1) * (1 if self.flat else np.diff(plan.cuts))
         last = longest.shape[1] - 1  # always computed again, but where it is the only one
         again = int(longest[:, min(kept, last) :].sum()) if last else 0
         self._numbers += (

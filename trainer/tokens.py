@@ -73,16 +73,35 @@ class TokenCache:
 
 
 class Padder:
-    """Turns token ids into the features of the model: padded on its own side, with mask and token types."""
+    """Turns token ids into the features of the model: padded on its own side, with mask and token types.
+
+    Where sentence-transformers packs texts without padding (flash attention), `flat` is true and the features are
+    those that its own module makes: one line of all tokens with the places where texts begin.
+    """
 
     def __init__(self, model: SentenceTransformer) -> None:
         tokenizer = model.tokenizer
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._left = tokenizer.padding_side == "left"
         self._types = "token_type_ids" in tokenizer.model_input_names
+        self._encoder: Any = model[0]
+        self.flat = bool(getattr(self._encoder, "can_flatten_inputs", False)) and bool(
+            self._encoder._should_flatten_inputs("text", {})
+        )
 
     def __call__(self, texts: Sequence[np.ndarray], device: torch.device | str) -> dict[str, Any]:
-        """Features for `model(features)`: input_ids, attention_mask (, token_type_ids) int64 [texts, longest]."""
+        """Features for `model(features)`: input_ids, attention_mask (, token_type_ids) int64 [texts, longest].
+
+        Flat: input_ids, position_ids int64 [1, tokens], seq_idx int32 likewise, cu_seq_lens_q and _k int32 [texts + 1],
+        max_length_q and _k as integers.
+        """
+        if self.flat:
+            packed = self._encoder.data_collator([{"input_ids": text} for text in texts])
+            del packed["labels"]
+            packed["position_ids"] += self._encoder._flatten_position_offset
+            return {
+                k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in packed.items()
+            } | {"modality": "text"}
         longest = max(len(t) for t in texts)
         ids = np.full((len(texts), longest), self._pad, np.int64)
         mask = np.zeros((len(texts), longest), np.int64)
@@ -231,6 +250,8 @@ def _tokenise(
         found = iter(_tokenise(present, role, model, prompt) if present else ())
         return [np.empty(0, np.int32) if text is None else next(found) for text in texts]
     features = model.preprocess(list(texts), prompt=prompt, task=role)
+    if "cu_seq_lens_q" in features:  # packed without padding
+        return np.split(features["input_ids"][0].numpy().astype(np.int32), features["cu_seq_lens_q"].numpy()[1:-1])
     ids = features["input_ids"].numpy().astype(np.int32)
     mask = features["attention_mask"].numpy().astype(bool)
     return [row[keep] for row, keep in zip(ids, mask, strict=True)]

@@ -117,6 +117,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
                 self._tokens += torch.stack([mask.sum(), torch.tensor(mask.numel(), device=mask.device)]).to(
                     self._tokens
                 )
+            elif name.endswith("cu_seq_lens_q"):  # packed without padding
+                self._tokens += mask[-1]
         loss = super().training_step(model, inputs, num_items_in_batch)
         if collectives.highest(int(not loss.isfinite()), loss.device):
             raise UserError(
