@@ -75,21 +75,8 @@ class GradCache:
             with torch.set_grad_enabled(graph), _dropout(self.seed, step, rank, index), self.autocast():
                 return self.engine.forward(features(micro_batches[index]), synchronise)
 
-        # 1. Embed. A batch that is one micro-batch is run once, through whatever synchronises.
-        kept, parts, full = {}, [], False
-        try:
-            for index in range(last + 1):
-                keep = index < min(self.kept, last) or last == 0
-                embeddings = embed(index, keep, synchronise=last == 0)
-                parts.append(embeddings.detach())
-                if keep:
-                    kept[index] = embeddings
-        except torch.OutOfMemoryError:
-            if min(self.kept, last) == 0:
-                raise
-            kept, parts, full = {}, [], True
-        if min(self.kept, last) > 0 and collectives.highest(_FULL if full else 0, _device()):
-            raise StepAbandoned(_FULL)
+        # 1. Embed.
+        parts, kept = self._embed_all(embed, last)
         clock.append(time.perf_counter())
 
         # 2. Loss and its gradient at the embeddings.
@@ -109,6 +96,31 @@ class GradCache:
         return Outcome(
             loss.value, loss.by_dim, dict(zip(("embed", "loss", "replay"), np.diff(clock).tolist(), strict=True))
         )
+
+    def _embed_all(
+        self, embed: Callable[[int, bool, bool], Tensor], last: int
+    ) -> tuple[list[Tensor], dict[int, Tensor]]:
+        """Embeddings of all micro-batches, and again with their graphs those that are kept.
+
+        A batch that is one micro-batch is run once, through whatever synchronises.
+        """
+        parts, kept, keeps = [], {}, min(self.kept, last)
+        is_full = False
+        try:
+            for index in range(last + 1):
+                keep = index < keeps or last == 0
+                embeddings = embed(index, keep, last == 0)
+                parts.append(embeddings.detach())
+                if keep:
+                    kept[index] = embeddings
+        except torch.OutOfMemoryError:
+            if not keeps:
+                raise
+            kept.clear()
+            is_full = True
+        if keeps and collectives.highest(_FULL if is_full else 0, _device()):
+            raise StepAbandoned(_FULL)
+        return parts, kept
 
     def _loss(self, embeddings: Tensor, is_anchor: Tensor, plan: Plan) -> Loss:
         """One gather: of the candidates, or of all texts where rows need the anchors of all ranks."""
