@@ -18,14 +18,15 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from data_tools import readers
+from data_tools import object_store, readers
 from data_tools.shards import MANIFEST, ColumnType, ShardWriter, read_manifest, verify_shards
 from launch.config import ROLE, PlainSource
 from launch.errors import UserError
 from launch.files import exclusive, remove_folder, sha256_of
+from launch.preflight import SUFFIXES
+from launch.reader import near_file
 
 _SHOWN = 5  # bad rows that are shown; the others are counted
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet")
 # Names that people give to the two columns of pairs; only used to suggest a mapping.
 _USUAL_NAMES = {
     "anchor": ("query", "question", "queries", "sentence1", "text1", "title", "summary", "docstring", "text"),
@@ -63,20 +64,24 @@ def import_source(source: PlainSource, cache_dir: Path, max_rows: int | None = N
     for each of the first bad rows.
     """
     cache_dir = Path(cache_dir)
-    with _said_in_one_line(source, cache_dir):
-        if source.path is not None:
-            _must_exist(Path(source.path))
-        for name in ("locks", "hashes", "sources"):
-            (cache_dir / name).mkdir(parents=True, exist_ok=True)
-        place = str(Path(source.path).resolve()) if source.path else source.name
-        with exclusive(cache_dir / "locks" / _key(place)):
-            return _import(source, cache_dir, max_rows)
 
-
-def _import(source: PlainSource, cache_dir: Path, max_rows: int | None) -> Path:
     def hash_file(path: Path) -> str:
         return _remembered_hash(path, cache_dir / "hashes")
 
+    with _said_in_one_line(source, cache_dir):
+        if source.path is not None and not source.url and not Path(source.path).exists():
+            raise UserError(f"{source.path}: no such file or folder{near_file(Path(source.path))}")
+        for name in ("locks", "hashes", "sources"):
+            (cache_dir / name).mkdir(parents=True, exist_ok=True)
+        if source.url:
+            fetched = object_store.fetch_source(source.url, cache_dir, hash_file)
+            source = source.model_copy(update={"path": str(fetched)})
+        place = str(Path(source.path).resolve()) if source.path else source.name
+        with exclusive(cache_dir / "locks" / _key(place)):
+            return _import(source, cache_dir, max_rows, hash_file)
+
+
+def _import(source: PlainSource, cache_dir: Path, max_rows: int | None, hash_file: Callable[[Path], str]) -> Path:
     path = Path(source.path) if source.path else None
     if path is not None and (path / MANIFEST).is_file():
         manifest = verify_shards(path, hash_file)
@@ -287,11 +292,11 @@ def _open(source: PlainSource) -> _Origin:
         inside = ", ".join(sorted(item.name for item in path.iterdir())[:5]) or "nothing"
         raise UserError(
             f"{path}: folder holds {inside}; allowed: shards with {MANIFEST}, a data set saved by datasets, "
-            f"or one file ({', '.join(_SUFFIXES)})"
+            f"or one file ({', '.join(SUFFIXES)})"
         )
-    suffix = next((suffix for suffix in _SUFFIXES if path.name.endswith(suffix)), None)
+    suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
     if suffix is None:
-        raise UserError(f"{path}: unknown kind of file {path.suffix!r}, allowed: {', '.join(_SUFFIXES)}")
+        raise UserError(f"{path}: unknown kind of file {path.suffix!r}, allowed: {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: empty file (0 bytes), allowed: at least 1 row")
     if suffix == ".parquet":
@@ -306,15 +311,6 @@ def _dataset_origin(rows: Any, source: PlainSource) -> _Origin:
     return _Origin(
         files, f"split {source.split}", "row", lambda choose: readers.read_dataset(rows, source.name, choose)
     )
-
-
-def _must_exist(path: Path) -> None:
-    if path.exists():
-        return
-    near = path.parent
-    close = difflib.get_close_matches(path.name, [p.name for p in near.iterdir()], 1) if near.is_dir() else []
-    hint = f"; did you mean {near / close[0]}?" if close else "" if near.is_dir() else f"; there is no folder {near}"
-    raise UserError(f"{path}: no such file or folder{hint}")
 
 
 def _stamp(path: Path) -> list[int]:

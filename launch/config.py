@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 ROLE = re.compile(r"anchor|positive|negative(_[1-9][0-9]*)?|score|label")
+STORE_URL = re.compile(r"(s3|gs|az)://[^/\s]+(/\S*[^/\s])?")
 PINNED_REVISION = re.compile(r"[0-9a-f]{40}")
 
 # Losses that nestling's exact step computes; every other one runs in sentence-transformers' own code.
@@ -90,12 +91,19 @@ class Model(Section):
         return self
 
 
+def _store_url(url: str) -> str:
+    if not STORE_URL.fullmatch(url):
+        raise ValueError(f"got {url!r}, allowed: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX")
+    return url
+
+
 class PlainSource(Section):
     """Rows of one file, folder or data set."""
 
     path: str | None = None
     """.jsonl[.gz], .csv, .tsv or .parquet file, a folder of shards that `nestling data` made, or a data set
-    that Hugging Face datasets saved on disk. Exactly one of path and hub is given."""
+    that Hugging Face datasets saved on disk; a file or a folder of shards may lie in an object store (s3://BUCKET/...,
+    gs://, az://), each node fetches it into data.cache_dir. Exactly one of path and hub is given."""
     hub: str | None = None
     """Name of a data set on the Hugging Face hub, `owner/name` or `owner/name:configuration`."""
     split: str = "train"
@@ -126,6 +134,16 @@ class PlainSource(Section):
             raise ValueError("give exactly one of path and hub")
         return self
 
+    @field_validator("path")
+    @classmethod
+    def _known_store(cls, path: str | None) -> str | None:
+        return _store_url(path) if path and "://" in path else path
+
+    @property
+    def url(self) -> str | None:
+        """Its address in an object store, None for what is local or on the hub."""
+        return self.path if self.path and "://" in self.path else None
+
     @property
     def name(self) -> str:
         """What messages call this source."""
@@ -154,8 +172,16 @@ class Data(Section):
     not hold them, for example all judged pairs. Looked up by text, for the exact step; null = the batch's own only."""
     cache_dir: str = "cache"
     """Folder for checked copies of the sources; shared by runs, keyed by content, safe to delete."""
+    cache_url: str | None = None
+    """Folder of an object store (s3://BUCKET/..., gs://, az://) where a token cache is looked for before it is built,
+    and uploaded to after that, so that rented machines do not tokenise again; null = none."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Use only the first rows of each source, for a quick trial; null = all."""
+
+    @field_validator("cache_url")
+    @classmethod
+    def _known_store(cls, url: str | None) -> str | None:
+        return url and _store_url(url)
 
     @model_validator(mode="after")
     def _weights_go_with_steps(self) -> "Data":

@@ -77,6 +77,11 @@ def preflight(config: RunConfig, run_file: Path) -> list[str]:
         problems += _source_problems(source, f"data.known_positives.{number}", _PAIRS, "a table of known positives")
     for number, source in enumerate(config.evaluate.sources if config.evaluate else []):
         problems += _source_problems(source, f"evaluate.sources.{number}", _PAIRS, "evaluation")
+    try:
+        if config.data.cache_url:
+            require_extra("obstore", "cloud", "data.cache_url")
+    except UserError as error:
+        problems.append(str(error))
     folder = None
     try:
         resolved = Path(resolve_model_path(config.model.path))
@@ -147,7 +152,10 @@ def _source_problems(source: PlainSource, key: str, needed: Sequence[str], purpo
     columns: list[str] | None = None
     if source.path is not None:
         try:
-            columns = _columns(Path(source.path), source.split)
+            if source.url:
+                require_extra("obstore", "cloud", source.name)
+            else:
+                columns = _columns(Path(source.path), source.split)
         except UserError as error:
             return [f"{key}: {error}"]
         except OSError as error:

@@ -269,6 +269,11 @@ def test_remote_code_needs_a_pinned_commit(tmp_path: Path) -> None:
             ["data.known_positives=[{path: a.csv}]", "loss.mask_known_positives=false"],
             "data.known_positives: has no effect with loss.mask_known_positives=false; leave one out",
         ),
+        (
+            ["data.sources.0.path=http://host/a.csv"],
+            "data.sources.0.path: got 'http://host/a.csv', allowed: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://",
+        ),
+        (["data.cache_url=bucket/cache"], "data.cache_url: got 'bucket/cache', allowed: s3://BUCKET/PREFIX"),
         (["evaluate.sources=[{path: a.csv, weight: 1}]"], "evaluate.sources.0.weight: unknown key"),
     ],
 )

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -133,6 +134,17 @@ def test_columns_against_the_file(rows: Path) -> None:
         "columns maps anchor; write columns: {anchor: NAME, positive: NAME}"
     )
     assert _problems({"hub": "owner/rows"}) == []
+
+
+def test_addresses_are_not_asked_and_need_their_package(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody answers
+    data = {"sources": [{"path": "s3://bucket/rows.csv"}], "cache_url": "s3://bucket"}
+    assert _problems(data=data) == []
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    assert _problems(data=data) == [
+        'data.sources.0: s3://bucket/rows.csv needs the package obstore: pip install "nestling[cloud]"',
+        'data.cache_url needs the package obstore: pip install "nestling[cloud]"',
+    ]
 
 
 def test_known_positives_are_pairs(rows: Path) -> None:

@@ -351,7 +351,7 @@ def test_a_parquet_file_cut_short_or_damaged_inside(tmp_path):
 def test_missing_names_are_guessed(tmp_path):
     write(tmp_path / "train.jsonl", ROWS[:1])
     assert f"did you mean {tmp_path / 'train.jsonl'}?" in refused(tmp_path / "trian.jsonl")[0]
-    assert f"there is no folder {tmp_path / 'no'}" in str(_error(tmp_path / "no" / "a.jsonl"))
+    assert f"the folder {tmp_path / 'no'} does not exist" in str(_error(tmp_path / "no" / "a.jsonl"))
     (tmp_path / "folder").mkdir()
     assert "folder holds nothing; allowed: shards" in str(_error(tmp_path / "folder"))
     told = refused(tmp_path / "train.jsonl", columns={"anchor": "anchr"})

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from data_tools import object_store
 from launch.errors import UserError
 from launch.files import exclusive, publish_folder, remove_folder, write_json
 
@@ -18,12 +19,17 @@ MANIFEST = "manifest.json"
 
 
 def array_folder(
-    root: Path, facts: dict[str, Any], dtypes: Mapping[str, type[np.generic]], build: Callable[[Path], None]
+    root: Path,
+    facts: dict[str, Any],
+    dtypes: Mapping[str, type[np.generic]],
+    build: Callable[[Path], None],
+    url: str | None = None,
 ) -> dict[str, np.ndarray]:
     """The arrays of `facts` by name, read-only; `build` writes their .bin files into the folder that it is given.
 
-    Call it before the process group exists: the first process of a node builds, the others wait on a file lock.
-    Raises UserError where `root` cannot be written.
+    What an object store has at `url`/KEY is fetched instead, and what it has not is uploaded once it is built. Call it
+    before the process group exists: the first process of a node builds, the others wait on a file lock. Raises
+    UserError where `root` cannot be written or the store does not answer.
     """
     key = xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
     folder = root / key
@@ -34,16 +40,34 @@ def array_folder(
             remove_folder(partial)
             try:
                 partial.mkdir(parents=True)
-                build(partial)
+                fetched = url is not None and _fetched(f"{url}/{key}", partial, facts, dtypes)
+                if not fetched:
+                    build(partial)
                 write_json(
                     partial / MANIFEST, {"facts": facts, "files": {n: _hash(partial / f"{n}.bin") for n in dtypes}}
                 )
                 publish_folder(partial, folder)
+                if url is not None and not fetched:
+                    object_store.publish_folder_to(f"{url}/{key}", folder)
             except OSError as error:
                 raise UserError(f"data.cache_dir: cannot write {partial}: {error.strerror}") from error
             finally:
                 remove_folder(partial)
     return {name: np.memmap(folder / f"{name}.bin", dtype, "r") for name, dtype in dtypes.items()}
+
+
+def _fetched(url: str, folder: Path, facts: dict[str, Any], names: Mapping[str, Any]) -> bool:
+    """Whether the store has these arrays; then their files lie in `folder`, verified."""
+    content = object_store.read_object(url, MANIFEST)
+    try:
+        manifest = json.loads(content or "null")
+        if content is None or manifest["facts"] != facts:
+            return False
+        digests = {f"{name}.bin": manifest["files"][name] for name in names}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{url}/{MANIFEST}: broken; remove the folder, it is then built and uploaded again") from None
+    object_store.fetch_folder(url, folder, digests, _hash)
+    return True
 
 
 def _is_whole(folder: Path, facts: dict[str, Any], names: Mapping[str, Any]) -> bool:

@@ -85,7 +85,7 @@ def tokenise(
     fingerprint = "+".join(f["fingerprint"] for f in facts)
     parts = [(fact["rows"], source.prompts) for fact, source in zip(facts, config.data.sources, strict=True)]
     columns, cache_dir = text_columns(rows.column_names), Path(config.data.cache_dir)
-    cache = token_cache(rows, fingerprint, columns, model, cache_dir, parts)
+    cache = token_cache(rows, fingerprint, columns, model, cache_dir, parts, config.data.cache_url)
     return Tokenised(cache, order, known and known_positives(*known, cache_dir))
 
 

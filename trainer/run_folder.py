@@ -25,6 +25,7 @@ _FREE = (
     "train.graph_memory",
     "train.world_size",
     "data.cache_dir",
+    "data.cache_url",
 )
 _FIXED = ("model", "data", "loss", "train")
 

@@ -129,13 +129,14 @@ def token_cache(
     model: SentenceTransformer,
     cache_dir: Path,
     sources: Sequence[tuple[int, Prompts | None]] = (),
+    cache_url: str | None = None,
 ) -> TokenCache:
     """Open the cache of these rows for this model, building it first where there is none that is whole.
 
     `rows` is a `datasets.Dataset` with the text `columns`; `fingerprint` stands for its content; `sources` says how
-    many of its rows come from each source, and which prompts replace the model's there. Call it before the process
-    group exists: the first process of a node builds, the others wait on a file lock. Raises UserError for a text that
-    has no tokens, and for prompts that a pooling which leaves them out cannot tell apart.
+    many of its rows come from each source, and which prompts replace the model's there; `cache_url` is a folder of an
+    object store that is asked first. Call it as `array_folder` says. Raises UserError for a text that has no tokens,
+    for prompts that a pooling which leaves them out cannot tell apart, and as `array_folder` does.
     """
     parts: list[Part] = []
     for count, prompts in sources or [(len(rows), None)]:
@@ -146,7 +147,11 @@ def token_cache(
     prompt_length = _prompt_lengths(model, parts)
     facts = _facts(fingerprint, columns, model, parts)
     arrays = array_folder(
-        cache_dir / "tokens", facts, _FILES, lambda folder: _build(folder, rows, columns, model, parts)
+        cache_dir / "tokens",
+        facts,
+        _FILES,
+        lambda folder: _build(folder, rows, columns, model, parts),
+        f"{cache_url}/tokens" if cache_url else None,
     )
     return TokenCache(
         columns=list(columns),
