@@ -211,7 +211,7 @@ def _split(case: Case, cache: "TokenCache", theirs: Measured, ours: Sequence[Mea
             "repetition",
             everything / real,
             f"{everything:,} and {real:,} real tokens; {rows.size * len(case.rows[0]):,} texts, "
-            f"{plan.distinct:,} distinct",
+            f"{plan.distinct_share:.0%} of them distinct",
         ],
         [
             "loss stage",

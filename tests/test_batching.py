@@ -61,7 +61,8 @@ def test_every_distinct_text_is_dealt_once_within_the_budget(
         assert (~real).sum() < world_size
         role_lengths = length[here] if members.shape != (rows,) or is_role is not plan.is_anchor else length[:, 0]
         assert (length.ravel()[dealt[~real]] == role_lengths.min()).all()
-    assert plan.distinct == len(set(token[:, 0].tolist())) + len(set(token[here].tolist()))
+    distinct = len(set(token[:, 0].tolist())) + len(set(token[here].tolist()))
+    assert plan.distinct_share == distinct / (rows + here.sum())
     longest = [plan.lengths[:, m].max() for m in _micro_batches(plan)]
     assert longest == sorted(longest, reverse=True)
     for m, width in zip(_micro_batches(plan), longest, strict=True):

@@ -33,7 +33,7 @@ class Plan:
     cuts: np.ndarray  # int64 [micro_batches + 1]: micro-batch m holds slots cuts[m]:cuts[m + 1]
     all_targets: Targets  # of all ranks
     by_row: bool  # a rank scores a share of the rows against the anchors of all ranks, else the anchors that it embeds
-    distinct: int  # distinct texts of each role, added up
+    distinct_share: float  # distinct texts of each role / texts that the rows hold
     masked_share: float  # of all (row, candidate) entries but the rows' own positives
 
     @property
@@ -129,7 +129,7 @@ def make_plan(
         cuts=np.cumsum([0] + [len(run) for run in runs]),
         all_targets=targets,
         by_row=scoring.by_row,
-        distinct=len(anchor_text) + len(candidate_text),
+        distinct_share=(len(anchor_text) + len(candidate_text)) / (rows + len(candidate)),
         masked_share=masked_share,
     )
 

@@ -182,7 +182,7 @@ class ExactStep:
                 torch.cuda.empty_cache()
             _say(f"step {batch.step + 1}: out of memory with kept graphs; none is kept from here on")
             outcome = dataclasses.replace(self._step, kept=0).step(batch.plan, features, batch.step)
-        self._log.add(batch, kept, outcome.loss_by_dim, outcome.seconds, started - self._ended, self._data.cache)
+        self._log.add(batch, kept, outcome.loss_by_dim, outcome.seconds, started - self._ended)
         self._ended = time.perf_counter()
         return outcome.loss
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from trainer import collectives
 from trainer.loader import Batch
-from trainer.tokens import TokenCache
 
 
 class StepSums:
@@ -26,19 +25,11 @@ class StepSums:
         self._count = 0
         self._by_dim: Tensor | None = None
         self._seconds: dict[str, float] = {}
-        # [real, padded, computed again] tokens, [distinct, all] texts, masked share, squared lengths
-        self._numbers = np.zeros(7)
+        # [real, padded, computed again] tokens, distinct and masked shares, squared lengths
+        self._numbers = np.zeros(6)
         self._since = time.perf_counter()
 
-    def add(
-        self,
-        batch: Batch,
-        kept: int,
-        by_dim: Tensor,
-        seconds: dict[str, float],
-        other: float,
-        cache: TokenCache,
-    ) -> None:
+    def add(self, batch: Batch, kept: int, by_dim: Tensor, seconds: dict[str, float], other: float) -> None:
         """Count one step; `other` seconds lie between the last step's end and this one's start."""
         plan = batch.plan
         reduceat = np.add.reduceat if self.flat else np.maximum.reduceat
@@ -49,8 +40,7 @@ class StepSums:
             plan.lengths.sum(),
             longest.sum(),
             again,
-            plan.distinct,
-            batch.rows.size * len(cache.columns),
+            plan.distinct_share,
             plan.masked_share,
             np.square(plan.lengths, dtype=np.float64).sum(),
         )
@@ -63,7 +53,7 @@ class StepSums:
         """Means per step and shares, then start anew. All ranks must call."""
         count = max(1, self._count)
         elapsed = time.perf_counter() - self._since
-        real, padded, again, distinct, texts, masked, squares = self._numbers.tolist()
+        real, padded, again, distinct, masked, squares = self._numbers.tolist()
         metrics: dict[str, float] = {}
         if self._by_dim is not None:
             by_dim = self._by_dim / count
@@ -76,7 +66,7 @@ class StepSums:
             "real_tokens_per_s": real / elapsed,
             "padded_over_real": padded / max(1.0, real),
             "recomputed_share": again / max(1.0, padded),
-            "distinct_share": distinct / max(1.0, texts),
+            "distinct_share": distinct / count,
             "masked_share": masked / count,
         }
         if self.peak and self._flops:
