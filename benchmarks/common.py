@@ -153,7 +153,10 @@ def peak() -> int:
 def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
     """Result of a call in a new process with one thread, whose memory holds nothing of what ran before."""
     with multiprocessing.get_context("spawn").Pool(1, initializer=one_thread) as pool:
-        return pool.apply(function, arguments)
+        result = pool.apply(function, arguments)
+        pool.close()
+        pool.join()  # leaving the block would kill it
+        return result
 
 
 def minilm(max_length: int) -> "SentenceTransformer":
