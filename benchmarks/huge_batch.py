@@ -9,7 +9,7 @@ hold:
 
 model       parameters and their gradients: 2 x 4 bytes x parameters
 activations what autograd saves of one micro-batch, the largest of the plan (distinct tensors; parameters not counted)
-loss tile   16 lines of (dims + 2) x candidates x 4 bytes, at least 16 MiB: trainer/infonce.py
+loss tile   tile_lines of trainer/infonce.py x (dims + 1) x candidates x 4 bytes
 embeddings  and their gradients: 2 x 4 bytes x rows x 2 texts x width
 
 Time a row is CPU time of the step, plan and features included, without the loss stage, whose work a row grows with the
@@ -85,12 +85,18 @@ class Result:
     @property
     def parts(self) -> list[tuple[str, str, int]]:
         """What a step has to hold: its name, how it is computed, and bytes."""
-        parameters, texts, lines = len(self.gradient), 2 * self.rows, len(DIMS) + 2
-        tile = max(16 * lines * self.rows * 4, 16 * MIB)
+        from trainer.infonce import tile_lines
+
+        parameters, texts = len(self.gradient), 2 * self.rows
+        lines, buffers = min(self.rows, tile_lines(self.rows, len(DIMS), "cpu")), len(DIMS) + 1
         return [
             ("model and gradients", f"2 x 4 bytes x {parameters:,} parameters", 8 * parameters),
             ("activations", f"saved by autograd, a micro-batch of {MICRO_BATCH_TOKENS} tokens", self.activations),
-            ("loss tile", f"16 lines x {lines} x {self.rows:,} candidates x 4 bytes, at least 16 MiB", tile),
+            (
+                "loss tile",
+                f"{lines} lines x {buffers} x {self.rows:,} candidates x 4 bytes",
+                4 * lines * buffers * self.rows,
+            ),
             ("embeddings and gradients", f"2 x 4 bytes x {texts:,} texts x {WIDTH}", 8 * texts * WIDTH),
         ]
 
@@ -171,7 +177,8 @@ def _cache(folder: Path, model: "SentenceTransformer") -> "TokenCache":
     """The cache of all rows, which main has built."""
     from trainer.tokens import token_cache
 
-    return token_cache(None, NAME, column_names(2), model, folder)
+    rows = range(int((folder / "rows").read_text()))  # their number is enough to find the cache
+    return token_cache(rows, NAME, column_names(2), model, folder)
 
 
 def _activations(model: "SentenceTransformer", cache: "TokenCache", rows: np.ndarray) -> int:
@@ -210,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(name)
         texts = made_texts(2 * huge, LONGEST)
         rows = list(zip(texts[:huge], texts[huge:], strict=True))
+        (folder / "rows").write_text(str(huge))
         tokenised(NAME, rows, tiny_model(folder / "model", WIDTH, LAYERS, LONGEST), folder)
         progress(f"{huge:,} rows")
 

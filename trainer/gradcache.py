@@ -6,7 +6,9 @@ many as it has room for: a graph kept from the first pass is not computed again.
 is the shortest, carries the synchronisation and is never kept.
 """
 
+import dataclasses
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -76,43 +78,46 @@ class GradCache:
                 return self.engine.forward(features(micro_batches[index]), synchronise)
 
         # 1. Embed.
-        parts, kept = self._embed_all(embed, last)
+        embeddings, kept = self._embed_all(embed, plan)
         clock.append(time.perf_counter())
 
         # 2. Loss and its gradient at the embeddings.
-        is_anchor = torch.from_numpy(plan.is_anchor).to(parts[0].device)
-        loss = self._loss(torch.cat(parts), is_anchor, plan)
+        is_anchor = torch.from_numpy(plan.is_anchor).to(embeddings.device)
+        loss = self._loss(embeddings, is_anchor, plan)
+        value, by_dim = loss.value, loss.by_dim
         cached = self._gradient_at_home(loss, is_anchor, plan)
+        is_finite = embeddings.isfinite().all(1)
+        del loss, embeddings  # as large as all embeddings each
         clock.append(time.perf_counter())
 
         # 3. Replay.
         for index, gradient in enumerate(cached.split(np.diff(plan.cuts).tolist())):
             if index == last:
-                self._agree_to_finish(loss.value, plan.texts[rank], parts)
-            embeddings = kept.pop(index) if index in kept else embed(index, True, synchronise=index == last)
-            self.engine.backward(torch.dot(embeddings.flatten().to(gradient.dtype), gradient.flatten()))
+                self._agree_to_finish(value, plan.texts[rank], is_finite)
+            output = kept.pop(index) if index in kept else embed(index, True, synchronise=index == last)
+            self.engine.backward(torch.dot(output.flatten().to(gradient.dtype), gradient.flatten()))
         self.engine.finish()
         clock.append(time.perf_counter())
-        return Outcome(
-            loss.value, loss.by_dim, dict(zip(("embed", "loss", "replay"), np.diff(clock).tolist(), strict=True))
-        )
+        return Outcome(value, by_dim, dict(zip(("embed", "loss", "replay"), np.diff(clock).tolist(), strict=True)))
 
-    def _embed_all(
-        self, embed: Callable[[int, bool, bool], Tensor], last: int
-    ) -> tuple[list[Tensor], dict[int, Tensor]]:
-        """Embeddings of all micro-batches, and again with their graphs those that are kept.
+    def _embed_all(self, embed: Callable[[int, bool, bool], Tensor], plan: Plan) -> tuple[Tensor, dict[int, Tensor]]:
+        """Embeddings of this rank's share [slots, width], and the outputs of those micro-batches whose graphs are kept.
 
         A batch that is one micro-batch is run once, through whatever synchronises.
         """
-        parts, kept, keeps = [], {}, min(self.kept, last)
-        is_full = False
+        last = len(plan.cuts) - 2
+        keeps = min(self.kept, last)
+        embeddings, kept, is_full = None, {}, False
         try:
-            for index in range(last + 1):
-                keep = index < keeps or last == 0
-                embeddings = embed(index, keep, last == 0)
-                parts.append(embeddings.detach())
-                if keep:
-                    kept[index] = embeddings
+            for index, (first, end) in enumerate(itertools.pairwise(plan.cuts.tolist())):
+                output = embed(index, index < keeps or last == 0, last == 0)
+                if embeddings is None:
+                    embeddings = output.new_empty(len(plan.is_anchor), output.shape[1])
+                # A copy: an output that lives on would hold its place amid freed activations, which then cannot be
+                # given back (measured: 65,536 rows took four times the memory).
+                embeddings[first:end] = output.detach()
+                if output.requires_grad:
+                    kept[index] = output
         except torch.OutOfMemoryError:
             if not keeps:
                 raise
@@ -120,7 +125,8 @@ class GradCache:
             is_full = True
         if keeps and collectives.highest(_FULL if is_full else 0, _device()):
             raise StepAbandoned(_FULL)
-        return parts, kept
+        assert embeddings is not None
+        return embeddings, kept
 
     def _loss(self, embeddings: Tensor, is_anchor: Tensor, plan: Plan) -> Loss:
         """One gather: of the candidates, or of all texts where rows need the anchors of all ranks."""
@@ -141,19 +147,23 @@ class GradCache:
             return collectives.scatter_gradient(_merged(is_anchor.repeat(plan.world_size), anchors, candidates))
         return _merged(is_anchor, anchors, collectives.scatter_gradient(candidates))
 
-    def _agree_to_finish(self, loss: Tensor, texts: np.ndarray, parts: list[Tensor]) -> None:
+    def _agree_to_finish(self, loss: Tensor, texts: np.ndarray, is_finite: Tensor) -> None:
         code = _NON_FINITE if not loss.isfinite() else _STOP if self.stop_asked() else 0
         if code := collectives.highest(code, loss.device):
-            raise StepAbandoned(code, texts[~torch.cat(parts).isfinite().all(1).cpu().numpy()])
+            raise StepAbandoned(code, texts[~is_finite.cpu().numpy()])
 
     @torch.no_grad()
     def loss(self, plan: Plan, features: Callable[[np.ndarray], dict[str, Any]]) -> Loss:
         """Loss of one global batch, for evaluation. All ranks must call, with the same plan."""
-        parts = []
-        for texts in plan.micro_batches(collectives.rank()):
+        rank = collectives.rank()
+        micro_batches = plan.micro_batches(rank)
+
+        def embed(index: int, _graph: bool, _synchronise: bool) -> Tensor:
             with self.autocast():
-                parts.append(self.engine.forward(features(texts), synchronise=False))
-        return self._loss(torch.cat(parts), torch.from_numpy(plan.is_anchor).to(parts[0].device), plan)
+                return self.engine.forward(features(micro_batches[index]), synchronise=False)
+
+        embeddings, _ = dataclasses.replace(self, kept=0)._embed_all(embed, plan)
+        return self._loss(embeddings, torch.from_numpy(plan.is_anchor).to(embeddings.device), plan)
 
 
 def _merged(is_anchor: Tensor, anchors: Tensor, candidates: Tensor) -> Tensor:

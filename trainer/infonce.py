@@ -66,6 +66,11 @@ def infonce(
         return _Kernel(anchors.to(dtype), candidates.to(dtype), targets, objective, tile).run()
 
 
+def tile_lines(columns: int, dims: int, device: str) -> int:
+    """Lines of a tile on this kind of device; its buffers hold (dims + 1) x columns elements a line."""
+    return max(_TILE_LINES, _TILE_ELEMENTS.get(device, _TILE_ELEMENTS["cpu"]) // (columns * (dims + 1)))
+
+
 class _Side:
     """Embeddings of one role and what is gathered at them."""
 
@@ -117,8 +122,7 @@ class _Kernel:
         self.is_safe = objective.scale + strength <= _SAFE_LOGIT
 
         kind = anchors.device.type
-        elements = _TILE_ELEMENTS.get(kind, _TILE_ELEMENTS["cpu"]) // (ends[-1] * (len(dims) + 1))
-        self.tile = min(len(targets.anchor), tile or max(_TILE_LINES, elements))
+        self.tile = min(len(targets.anchor), tile or tile_lines(ends[-1], len(dims), kind))
         self.strip = max(1, min(self.tile, _STRIP_ELEMENTS // ends[-1])) if kind == "cpu" else self.tile
         self.product = anchors.new_empty(self.tile, ends[-1])  # A_k
         self.gradient = anchors.new_empty(len(dims), self.tile, ends[-1])  # exp(s), then G_k
