@@ -136,6 +136,7 @@ def test_a_held_out_loss_that_cannot_be_had_is_refused(tmp_path: Path, words: li
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_step_without_negatives_is_said_once_and_changes_nothing(tmp_path: Path) -> None:
     """Two batches of one question with its answers, which mask each other; the rows of a third can be told apart."""
     sources = [_write(tmp_path / "plain.jsonl", _plain(8))]
@@ -153,6 +154,7 @@ def test_a_step_without_negatives_is_said_once_and_changes_nothing(tmp_path: Pat
     assert f"step {idle[0]}: none of its 8 rows has a negative left (8 distinct candidates before masks)" in said[0]
 
 
+@pytest.mark.slow
 def test_three_processes_train_a_batch_of_two_rows_like_one(tmp_path: Path) -> None:
     """More ranks than rows; and texts that are cut are counted, once."""
     rows = _plain(6)
