@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -328,7 +329,7 @@ def _remembered_hash(path: Path, memory: Path) -> str:
         if known["stamp"] == stamp:
             return known["sha256"]
     digest = sha256_of(path)
-    partial = note.with_suffix(f".{os.getpid()}")
+    partial = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     partial.write_text(json.dumps({"path": str(path), "stamp": stamp, "sha256": digest}))
     partial.replace(note)
     return digest
