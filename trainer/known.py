@@ -13,6 +13,7 @@ import numpy as np
 
 from data_tools.progress import Progress
 from trainer.arrays import array_folder
+from trainer.targets import join
 from trainer.tokens import text_id
 
 _FILES: dict[str, type[np.generic]] = {"anchor": np.uint64, "positive": np.uint64}
@@ -29,10 +30,8 @@ class KnownPositives:
     def of(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """All pairs whose anchor is among `anchors` (text_ids in any order), [found] uint64 each."""
         wanted = np.unique(anchors)
-        first, end = (self.anchor.searchsorted(wanted, side) for side in ("left", "right"))
-        count = end - first
-        index = np.repeat(end - np.cumsum(count), count) + np.arange(count.sum())
-        return np.asarray(self.anchor[index]), np.asarray(self.positive[index])
+        found, positives = join(wanted, (self.anchor, self.positive))
+        return wanted[found], np.asarray(positives)
 
 
 def known_positives(rows: Any, facts: Sequence[dict[str, Any]], cache_dir: Path) -> KnownPositives:

@@ -165,18 +165,18 @@ def make_targets(rows: Rows, fits: Fits | None, scoring: Scoring, row_weight: fl
         changed = []
         if direction == "query_to_doc":  # the own positive stays, but apart
             taken = np.concatenate([number, own[0]]), np.concatenate([rows.positive, own[1]])
-            hidden = fits and _join(rows.anchor, fits.candidates)
+            hidden = fits and join(rows.anchor, fits.candidates)
         elif direction == "doc_to_query":  # the own anchor stays
             taken = None
-            hidden = fits and _join(rows.positive, _turned(fits.positives()))
+            hidden = fits and join(rows.positive, _turned(fits.positives()))
             if hidden:
                 changed.append((*hidden, (hidden[1] == rows.anchor[hidden[0]]).astype(np.int64)))
                 hidden = None
         elif direction == "query_to_query":
-            taken, hidden = (number, rows.anchor), fits and _join(rows.anchor, fits.anchors())
+            taken, hidden = (number, rows.anchor), fits and join(rows.anchor, fits.anchors())
         else:
             taken = rows.row, rows.candidate
-            hidden = fits and _join(rows.anchor, fits.positives())
+            hidden = fits and join(rows.anchor, fits.positives())
         if taken:
             line, column, times = unique_pairs(*taken)
             changed.append((line, column, count[column] - times))
@@ -226,11 +226,11 @@ def _turned(pairs: Pairs) -> Pairs:
 
 def _compose(first: Pairs, second: Pairs) -> Pairs:
     """Distinct (x, z) with (x, y) in `first` and (y, z) in `second`, which is sorted."""
-    i, z = _join(first[1], second)
+    i, z = join(first[1], second)
     return unique_pairs(first[0][i], z)[:2]
 
 
-def _join(keys: np.ndarray, pairs: Pairs) -> Pairs:
+def join(keys: np.ndarray, pairs: Pairs) -> Pairs:
     """All (i, z) with (keys[i], z) in `pairs`, which is sorted; by i."""
     begin = np.searchsorted(pairs[0], keys)
     matches = np.searchsorted(pairs[0], keys, side="right") - begin
