@@ -213,6 +213,11 @@ class Loss(Section):
     """How CachedMultipleNegativesRankingLoss and its symmetric form are computed: nestling's exact step, or
     sentence-transformers' own code, for comparison. Every other loss runs in sentence-transformers' own code."""
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the exact step computes it, or sentence-transformers' own code."""
+        return self.name in EXACT_LOSSES and self.step == "exact"
+
     @model_validator(mode="after")
     def _dims_descend(self) -> "Loss":
         dims = self.dims or []
@@ -353,7 +358,7 @@ class RunConfig(Section):
             "data.known_positives": self.data.known_positives,
         }
         found = [key for key, value in given.items() if value]
-        if found and (self.loss.name not in EXACT_LOSSES or self.loss.step != "exact"):
+        if found and not self.loss.is_exact:
             names = " or ".join(EXACT_LOSSES)
             raise ValueError(f"{found[0]}: for the exact step only; allowed with loss.step=exact and loss.name={names}")
         if self.data.known_positives and not self.loss.mask_known_positives:

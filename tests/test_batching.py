@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.batching import OVERHEAD_TOKENS, Plan, make_plan
+from trainer.targets import Targets
 
 
 def _batch(draw: np.random.Generator, rows: int, columns: int, distinct: int) -> tuple[np.ndarray, ...]:
@@ -49,7 +50,7 @@ def test_every_distinct_text_is_dealt_once_within_the_budget(
     here = length > 0
     here[:, 0] = False
     for is_role, members, counts in (
-        (plan.is_anchor, token[:, 0], plan.all_targets.rows),
+        (plan.is_anchor, token[:, 0], _rows_of_lines(plan.all_targets)),
         (~plan.is_anchor, token[here], plan.all_targets.blocks[0].count),
     ):
         dealt = plan.texts[:, is_role].ravel()
@@ -75,6 +76,10 @@ def test_every_distinct_text_is_dealt_once_within_the_budget(
     assert plan.tokens(world_size - 1) == (plan.lengths[-1].sum(), padded)
 
 
+def _rows_of_lines(targets: Targets) -> np.ndarray:
+    return np.diff(np.concatenate([[0], np.cumsum(targets.positives.count)])[targets.positives.start])
+
+
 @given(
     seed=st.integers(0, 10**6),
     rows=st.integers(1, 16),
@@ -94,13 +99,14 @@ def test_targets_are_what_rows_say(
     seen, left_out = 0, 0
     for rank in range(world_size):
         targets = plan.targets(rank)
+        rows_of_lines = _rows_of_lines(targets)
         assert targets.row_weight == world_size / rows
         (block,) = targets.blocks
         assert targets.positive_apart == masks and (block.changed is not None) == masks
         anchor_token = token.ravel()[plan.texts[rank, plan.is_anchor]]
         for a, name in enumerate(anchor_token):
-            own = [r for r in range(rows) if token[r, 0] == name] if targets.rows[a] else []
-            assert len(own) == targets.rows[a]
+            own = [r for r in range(rows) if token[r, 0] == name] if rows_of_lines[a] else []
+            assert len(own) == rows_of_lines[a]
             seen += len(own)
             part = slice(targets.positives.start[a], targets.positives.start[a + 1])
             found = dict(

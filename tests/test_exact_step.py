@@ -29,7 +29,7 @@ from launch.world import World
 from tests import tiny_models
 from tests.distributed import run
 from trainer import flops
-from trainer.arguments import is_exact, training_arguments
+from trainer.arguments import training_arguments
 from trainer.exact_step import ExactStep, tokenise, tokenise_held_out
 from trainer.losses import build_loss
 from trainer.model import freeze_unused, load_model
@@ -119,7 +119,7 @@ def _prepare(
     if config.evaluate:
         facts = [{"name": "held out", "fingerprint": "held out", "rows": HELD_OUT}]
         held_out = tokenise_held_out(config, _held_out(), facts, encoder)
-    step = ExactStep(config, encoder, tokenised, world, bool, held_out) if is_exact(config) else None
+    step = ExactStep(config, encoder, tokenised, world, bool, held_out) if config.loss.is_exact else None
     (folder / f"run-{rank}").mkdir(exist_ok=True)
     trainer = ContrastiveTrainer(
         config, encoder, args, data, build_loss(config.loss, encoder), folder / f"run-{rank}", step

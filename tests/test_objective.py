@@ -8,7 +8,7 @@ from torch import nn
 from launch.config import Data, Loss, Model, RunConfig, Source, Train
 from launch.errors import UserError
 from trainer.losses import build_loss
-from trainer.objective import SYMMETRIC, check_arguments, is_exact, objective_of
+from trainer.objective import SYMMETRIC, check_arguments, objective_of
 
 
 class _Model(nn.Module):
@@ -48,7 +48,7 @@ def test_arguments_mean_what_they_mean_to_sentence_transformers(
     built: Any = build_loss(config.loss, _Model())  # type: ignore[arg-type]
     loss = built.loss if dims else built
     ours = objective_of(config, 24)
-    assert is_exact(config)
+    assert config.loss.is_exact
     assert ours.scale == loss.scale and ours.scoring.partition_mode == loss.partition_mode
     assert set(ours.scoring.directions) == set(loss.directions)
     assert ours.scoring.hardness_strength == loss.hardness_strength
@@ -61,8 +61,11 @@ def test_the_symmetric_loss_is_exact_too() -> None:
     config = _config(name=SYMMETRIC, arguments={"scale": 30.0})
     built: Any = build_loss(config.loss, _Model())  # type: ignore[arg-type]
     scoring = objective_of(config, 24).scoring
-    assert is_exact(config) and (scoring.directions, scoring.partition_mode) == (built.directions, built.partition_mode)
-    assert not is_exact(_config(name=SYMMETRIC, step="library"))
+    assert config.loss.is_exact and (scoring.directions, scoring.partition_mode) == (
+        built.directions,
+        built.partition_mode,
+    )
+    assert not _config(name=SYMMETRIC, step="library").loss.is_exact
 
 
 @pytest.mark.parametrize(

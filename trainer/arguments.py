@@ -8,7 +8,6 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from launch.config import RunConfig
 from launch.errors import UserError
 from launch.world import World
-from trainer.objective import is_exact
 
 
 def training_arguments(config: RunConfig, run_dir: Path, world: World) -> SentenceTransformerTrainingArguments:
@@ -17,7 +16,7 @@ def training_arguments(config: RunConfig, run_dir: Path, world: World) -> Senten
     Raises UserError where the world size does not divide the global batch of a loss that needs it to.
     """
     train = config.train
-    if train.global_batch_size % world.world_size and not is_exact(config):
+    if train.global_batch_size % world.world_size and not config.loss.is_exact:
         raise UserError(
             f"train.global_batch_size: got {train.global_batch_size}, which {world.world_size} processes cannot share "
             f"equally; allowed: a multiple of {world.world_size}"

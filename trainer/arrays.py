@@ -12,10 +12,9 @@ import numpy as np
 import xxhash
 
 from data_tools import object_store
+from data_tools.shards import MANIFEST
 from launch.errors import UserError
 from launch.files import exclusive, publish_folder, remove_folder, write_json
-
-MANIFEST = "manifest.json"
 
 
 def array_folder(

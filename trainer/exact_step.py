@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from launch.config import RunConfig
+from launch.config import PlainSource, RunConfig, Source
 from launch.errors import UserError
 from launch.world import World
 from trainer import collectives, flops
@@ -65,8 +65,7 @@ def tokenise_held_out(
             f"evaluate.loss_batch_size: got {size:,}, but the held-out sources have {len(rows):,} rows; "
             f"allowed: 2 to {len(rows):,}"
         )
-    fingerprint = "+".join(f["fingerprint"] for f in facts)
-    cache = token_cache(rows, fingerprint, text_columns(rows.column_names), model, Path(config.data.cache_dir))
+    cache = _token_cache(config, config.evaluate.sources, rows, facts, model)
     return Tokenised(cache, _InOrder(config.train.seed, size, (len(rows),)))
 
 
@@ -82,11 +81,22 @@ def tokenise(
     Every process may call; one of a node builds, the others wait. Raises UserError as `data_order` and `token_cache`.
     """
     order = data_order(config, facts)
-    fingerprint = "+".join(f["fingerprint"] for f in facts)
-    parts = [(fact["rows"], source.prompts) for fact, source in zip(facts, config.data.sources, strict=True)]
-    columns, cache_dir = text_columns(rows.column_names), Path(config.data.cache_dir)
-    cache = token_cache(rows, fingerprint, columns, model, cache_dir, parts, config.data.cache_url)
-    return Tokenised(cache, order, known and known_positives(*known, cache_dir))
+    cache = _token_cache(config, config.data.sources, rows, facts, model)
+    return Tokenised(cache, order, known and known_positives(*known, Path(config.data.cache_dir)))
+
+
+def _token_cache(
+    config: RunConfig,
+    sources: Sequence[PlainSource],
+    rows: Any,
+    facts: list[dict[str, Any]],
+    model: SentenceTransformer,
+) -> TokenCache:
+    fingerprint = "+".join(fact["fingerprint"] for fact in facts)
+    prompts = [source.prompts if isinstance(source, Source) else None for source in sources]
+    parts = [(fact["rows"], prompt) for fact, prompt in zip(facts, prompts, strict=True)]
+    columns, folder = text_columns(rows.column_names), Path(config.data.cache_dir)
+    return token_cache(rows, fingerprint, columns, model, folder, parts, config.data.cache_url)
 
 
 def check_candidates(data: Tokenised, masks: bool) -> None:

@@ -97,10 +97,10 @@ def _prepare(run: Run) -> Prepared:
     from trainer.data import open_sources, refuse_gaps
     from trainer.exact_step import check_candidates, tokenise, tokenise_held_out
     from trainer.model import freeze_unused, load_model
-    from trainer.objective import check_arguments, is_exact
+    from trainer.objective import check_arguments
 
     config, cache_dir = run.config, Path(run.config.data.cache_dir)
-    exact = is_exact(config)
+    exact = config.loss.is_exact
     if config.evaluate and config.evaluate.loss_every and not exact:
         raise UserError(
             f"evaluate.loss_every: got {config.evaluate.loss_every}, which only the exact step computes; "

@@ -16,11 +16,6 @@ _COMPUTED: dict[str, Any] = {
 }
 
 
-def is_exact(config: RunConfig) -> bool:
-    """Whether this run trains with the exact step, or in sentence-transformers' own code."""
-    return config.loss.name in EXACT_LOSSES and config.loss.step == "exact"
-
-
 def check_arguments(config: RunConfig) -> None:
     """Raise UserError for arguments of the loss that the exact step does not compute."""
     for name, value in config.loss.arguments.items():

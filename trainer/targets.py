@@ -16,12 +16,14 @@ P(a) holds the texts of all positives that the batch, or a table of known positi
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 Direction = Literal["query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc"]
 Pairs = tuple[np.ndarray, np.ndarray]
+Entries = tuple[np.ndarray, np.ndarray, np.ndarray]  # line, column, count
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,6 @@ class Targets:
     """What one rank scores."""
 
     anchor: np.ndarray  # int64 [lines]: the line's anchor, among those of this rank, of all ranks if by_row
-    rows: np.ndarray  # int64 [lines]: rows of the line; 0 = filler
     positives: Table  # candidates, count = rows that hold the line's anchor with this positive
     blocks: Sequence[Block]  # the first is query_to_doc
     positive_apart: bool  # a row's own positive is not among the entries of the first block
@@ -86,7 +87,6 @@ class Targets:
         return replace(
             self,
             anchor=self.anchor[first:end],
-            rows=self.rows[first:end],
             positives=self.positives.part(first, end),
             blocks=[replace(b, changed=b.changed and b.changed.part(first, end)) for b in self.blocks],
             own_negatives=self.own_negatives and self.own_negatives.part(first, end),
@@ -131,6 +131,7 @@ class Fits:
     def _related(self, texts: Pairs) -> Pairs:
         return _compose(_compose(self._anchors, texts), self._candidates)
 
+    @cached_property
     def positives(self) -> Pairs:
         """(anchor, candidate): the candidate is in P(a)."""
         return self._related(self._positives)
@@ -145,10 +146,9 @@ def make_targets(rows: Rows, fits: Fits | None, scoring: Scoring, row_weight: fl
     """Targets of all ranks; `fits` None = masks are off. Lines are rows if scoring.by_row, else places of anchors."""
     if not scoring.by_row:
         lines = len(rows.anchor_count)
-        hidden = fits and _least([(*fits.candidates, 0)], lines)
+        hidden = fits and _least([(*fits.candidates, np.zeros_like(fits.candidates[0]))], lines)
         return Targets(
             anchor=np.arange(lines),
-            rows=rows.anchor_count,
             positives=_counted(rows.anchor, rows.positive, lines),
             blocks=[Block(True, False, rows.candidate_count, hidden)],
             positive_apart=fits is not None,
@@ -162,36 +162,52 @@ def make_targets(rows: Rows, fits: Fits | None, scoring: Scoring, row_weight: fl
     for direction in dict.fromkeys(("query_to_doc", *scoring.directions)):
         to_anchors = direction.endswith("query")
         count = rows.anchor_count if to_anchors else rows.candidate_count
-        changed = []
-        if direction == "query_to_doc":  # the own positive stays, but apart
-            taken = np.concatenate([number, own[0]]), np.concatenate([rows.positive, own[1]])
-            hidden = fits and join(rows.anchor, fits.candidates)
-        elif direction == "doc_to_query":  # the own anchor stays
-            taken = None
-            hidden = fits and join(rows.positive, _turned(fits.positives()))
-            if hidden:
-                changed.append((*hidden, (hidden[1] == rows.anchor[hidden[0]]).astype(np.int64)))
-                hidden = None
-        elif direction == "query_to_query":
-            taken, hidden = (number, rows.anchor), fits and join(rows.anchor, fits.anchors())
-        else:
-            taken = rows.row, rows.candidate
-            hidden = fits and join(rows.anchor, fits.positives())
-        if taken:
-            line, column, times = unique_pairs(*taken)
-            changed.append((line, column, count[column] - times))
-        if hidden:
-            changed.append((*hidden, 0))
+        changed = [_apart(taken, count)] if (taken := _taken(direction, rows, own)) else []
+        if fits:
+            changed.append(_hidden(direction, rows, fits))
         blocks.append(Block(direction.startswith("query"), to_anchors, count, _least(changed, lines)))
     return Targets(
         anchor=rows.anchor,
-        rows=np.ones(lines, np.int64),
         positives=_counted(number, rows.positive, lines),
         blocks=blocks,
         positive_apart=True,
         own_negatives=_counted(*own, lines) if len(own[0]) else None,
         row_weight=row_weight,
     )
+
+
+def _taken(direction: Direction, rows: Rows, own: Pairs) -> Pairs | None:
+    """(row, text) that a row does not score among its entries, or scores apart; one entry each time it is held."""
+    number = np.arange(len(rows.anchor))
+    match direction:
+        case "query_to_doc":
+            return np.concatenate([number, own[0]]), np.concatenate([rows.positive, own[1]])
+        case "doc_to_query":  # the own anchor stays
+            return None
+        case "query_to_query":
+            return number, rows.anchor
+        case "doc_to_doc":
+            return rows.row, rows.candidate
+
+
+def _apart(taken: Pairs, count: np.ndarray) -> Entries:
+    line, column, times = unique_pairs(*taken)
+    return line, column, count[column] - times
+
+
+def _hidden(direction: Direction, rows: Rows, fits: Fits) -> Entries:
+    """(row, text) with the count that masks leave of it."""
+    match direction:
+        case "query_to_doc":
+            line, column = join(rows.anchor, fits.candidates)
+        case "doc_to_query":
+            line, column = join(rows.positive, _turned(fits.positives))
+            return line, column, (column == rows.anchor[line]).astype(np.int64)  # the own anchor stays, once
+        case "query_to_query":
+            line, column = join(rows.anchor, fits.anchors())
+        case "doc_to_doc":
+            line, column = join(rows.anchor, fits.positives)
+    return line, column, np.zeros_like(line)
 
 
 def _own_negatives(rows: Rows, fits: Fits | None, scoring: Scoring) -> Pairs:
@@ -245,12 +261,11 @@ def _counted(line: np.ndarray, column: np.ndarray, lines: int) -> Table:
     return Table(np.searchsorted(line, np.arange(lines + 1)), column, count)
 
 
-def _least(entries: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray | int]], lines: int) -> Table | None:
+def _least(entries: Sequence[Entries], lines: int) -> Table | None:
     """The least count of each (line, column) as a table; None without entries."""
     if not entries:
         return None
-    line, column = (np.concatenate([e[k] for e in entries]) for k in (0, 1))
-    count = np.concatenate([np.broadcast_to(e[2], e[0].shape) for e in entries])
+    line, column, count = map(np.concatenate, zip(*entries, strict=True))
     order = np.lexsort((count, column, line))
     line, column, count = line[order], column[order], count[order]
     first = np.ones(len(line), bool)
