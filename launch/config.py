@@ -281,6 +281,10 @@ class Train(Section):
     """GiB per process for graphs that are kept from the first pass instead of computed again; up to a third
     faster. auto = after the first step nine tenths of the GPU's free memory, on a CPU half of the machine's free
     memory shared by its processes. For the exact step."""
+    engine_mode: Literal["auto", "fast", "lean"] = "auto"
+    """FSDP2 and ZeRO: fast synchronises once a step and holds whole gradients (FSDP2: whole weights too) over the step,
+    lean synchronises for each micro-batch and holds shards. auto = fast where that takes less than half of every
+    process's free memory. The gradient is the same. For the exact step."""
     gradient_checkpointing: bool = False
     """Recompute activations layer by layer in the backward pass: less memory, about a third more time."""
     world_size: Annotated[int, Field(ge=1)] | None = None

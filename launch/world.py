@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from launch.config import RunConfig
 from launch.errors import UserError
@@ -81,6 +82,14 @@ def check_world(config: RunConfig, world: World) -> None:
             f"{_START}/cpu.yaml --num_processes {number} (CPU) or ddp.yaml (GPU) train.py RUN.yaml, "
             f"or write train.world_size={world.world_size}"
         )
+
+
+def engine_asked_for() -> Literal["FSDP", "DEEPSPEED"] | None:
+    """The engine of the launcher's file, None for one process or DDP. accelerate hands it over in the environment."""
+    for engine in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("1", "true"):
+            return engine
+    return None
 
 
 def requested_processes() -> tuple[int, str] | None:

@@ -7,7 +7,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 
 from launch.config import RunConfig
 from launch.errors import UserError
-from launch.world import World
+from launch.world import World, engine_asked_for
 
 
 def training_arguments(config: RunConfig, run_dir: Path, world: World) -> SentenceTransformerTrainingArguments:
@@ -23,8 +23,9 @@ def training_arguments(config: RunConfig, run_dir: Path, world: World) -> Senten
         )
     return SentenceTransformerTrainingArguments(
         output_dir=str(run_dir),
-        # Without it two CPU processes train apart and write the same folder.
-        use_cpu=not torch.cuda.is_available(),
+        # Without it two CPU processes train apart and write the same folder; with it accelerate drops an engine that
+        # the launcher's file asks for, without a word (trainer/live_checks.py has one).
+        use_cpu=not torch.cuda.is_available() and engine_asked_for() is None,
         per_device_train_batch_size=-(-train.global_batch_size // world.world_size),
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from launch.errors import UserError
 from launch.files import list_files, publish_folder, remove_folder, write_json
 
 MANIFEST = "manifest.json"
@@ -73,6 +74,17 @@ def find_latest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint folder was written at."""
     return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def refuse_other_engine(checkpoint: Path, engine: str) -> None:
+    """Raise UserError where another engine wrote the optimiser state of a checkpoint."""
+    wrote = json.loads((checkpoint / MANIFEST).read_text())["engine"]
+    if wrote != engine:
+        where = f"configs/accelerate/{wrote}.yaml{' or cpu.yaml' if wrote == 'ddp' else ''}"
+        raise UserError(
+            f"{checkpoint}: its optimiser state is one of {wrote}, got {engine}; go on with {where}, or begin a new run "
+            f"with model.path={checkpoint}: any engine reads its weights"
+        )
 
 
 def prune(run_dir: Path, keep: int) -> None:

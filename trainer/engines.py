@@ -2,17 +2,26 @@
 
 `model(features)` returns a dict with `sentence_embedding` [texts, width]; `backward` takes a scalar and
 applies what the trainer wants applied (the scaler of fp16). All ranks run the same engine.
+
+Fast mode synchronises once a step, for which each process holds the gathered parameters or whole gradients over the
+step; lean mode synchronises in every replay and holds shards only. Both have the same gradient.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+
+Mode = Literal["fast", "lean"]
 
 
 class Engine(Protocol):
     """What a step asks of an engine."""
+
+    mode: Mode  # lean engines keep no graphs: under ZeRO-3 their gradient would be silently wrong (0.3 of it)
 
     def forward(self, features: dict[str, Any], synchronise: bool) -> Tensor:
         """Embeddings [texts, width]. With `synchronise` the next backward reduces the gradients of all ranks:
@@ -27,6 +36,21 @@ class Engine(Protocol):
         """After the last backward, with nothing that may raise in between. All ranks must call."""
         ...
 
+    def abandon(self) -> None:
+        """Leave a step at any place before `finish`, its gradients lost. No collective: others may not come."""
+        ...
+
+
+def engine_of(model: nn.Module, backward: Callable[[Tensor], None], mode: Mode) -> Engine:
+    """The engine that `accelerator.prepare` put around or into this model, which the launcher's file decides."""
+    if isinstance(model, DistributedDataParallel):
+        return DDP(model, backward)
+    if isinstance(model, FSDPModule):
+        return FSDP2(model, backward, mode)
+    if hasattr(model, "zero_optimization_stage"):  # deepspeed need not be installed
+        return ZeRO(model, mode)
+    return Single(model, backward)
+
 
 def _call_backward(surrogate: Tensor) -> None:
     surrogate.backward()
@@ -34,6 +58,8 @@ def _call_backward(surrogate: Tensor) -> None:
 
 class Single:
     """One process: nothing to synchronise."""
+
+    mode: Mode = "fast"
 
     def __init__(self, model: nn.Module, backward: Callable[[Tensor], None] = _call_backward) -> None:
         self._model = model
@@ -46,6 +72,10 @@ class Single:
     def finish(self) -> None:
         """See Engine."""
 
+    def abandon(self) -> None:
+        """See Engine."""
+        self._model.zero_grad()
+
 
 class DDP:
     """DistributedDataParallel, which decides at the forward whether the next backward reduces.
@@ -54,6 +84,8 @@ class DDP:
     gradients on this rank, and the one backward of the wrapper's forward reduces their sum. Deciding with
     `no_sync` around the backwards instead is silently wrong (relative error 0.8 to 1.2).
     """
+
+    mode: Mode = "fast"
 
     def __init__(self, model: DistributedDataParallel, backward: Callable[[Tensor], None] = _call_backward) -> None:
         self._model = model
@@ -66,3 +98,93 @@ class DDP:
 
     def finish(self) -> None:
         """See Engine."""
+
+    def abandon(self) -> None:
+        """See Engine."""
+        self._model.zero_grad()
+
+
+class FSDP2:
+    """fully_shard of torch, whose groups gather parameters and reduce gradients by flags that their hooks read.
+
+    Fast: what is gathered stays so until the last backward, which reduces what all of them added up: one gather and
+    one reduction of each group a step. Lean: the flags stay as they are, so that every forward and backward gathers
+    and every backward reduces into the shards.
+    """
+
+    def __init__(self, model: Any, backward: Callable[[Tensor], None] = _call_backward, mode: Mode = "fast") -> None:
+        self._model = model
+        self.mode: Mode = mode
+        self.backward = backward
+        if mode == "fast":
+            model.set_reshard_after_forward(False)
+
+    def forward(self, features: dict[str, Any], synchronise: bool) -> Tensor:
+        """See Engine."""
+        if self.mode == "fast":
+            self._model.set_requires_gradient_sync(synchronise)
+            self._model.set_is_last_backward(synchronise)
+            self._model.set_reshard_after_backward(synchronise)
+        return self._model(features)["sentence_embedding"]
+
+    def finish(self) -> None:
+        """See Engine."""
+
+    def abandon(self) -> None:
+        """See Engine."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # weights are saved from shards
+        self._model.zero_grad()
+
+
+class ZeRO:
+    """A DeepSpeed engine at stage 1, 2 or 3, which steps the optimiser itself.
+
+    Calling its backward for each micro-batch is silently wrong at stage 1 (only the last one counts) unless the engine
+    is told which is the last. Fast: all backwards lie within `coalesce_grad_reduction`, whose end reduces once. Lean,
+    and where the optimiser is a wrapper that cannot coalesce (bf16 with fp32 gradients): each backward says whether it
+    is the last, and stages 2 and 3 reduce into shards in each.
+    """
+
+    def __init__(self, model: Any, mode: Mode = "fast") -> None:
+        self._model = model
+        self.mode: Mode = mode if hasattr(model.optimizer, "_coalesce_grad_reduction") else "lean"
+        self._coalescing: AbstractContextManager[None] | None = None
+        self._is_last = False
+
+    def forward(self, features: dict[str, Any], synchronise: bool) -> Tensor:
+        """See Engine."""
+        self._is_last = synchronise
+        return self._model(features)["sentence_embedding"]
+
+    def backward(self, surrogate: Tensor, /) -> None:
+        """See Engine."""
+        if self.mode == "lean":
+            self._model.set_gradient_accumulation_boundary(self._is_last)
+        elif self._coalescing is None:
+            coalescing: AbstractContextManager[None] = self._model.coalesce_grad_reduction()
+            coalescing.__enter__()
+            self._coalescing = coalescing
+        self._model.backward(surrogate, scale_wrt_gas=False)
+
+    def finish(self) -> None:
+        """See Engine."""
+        if self._coalescing is not None:
+            coalescing, self._coalescing = self._coalescing, None
+            coalescing.__exit__(None, None, None)
+        self._model.set_gradient_accumulation_boundary(True)
+        self._model.step()
+
+    def abandon(self) -> None:
+        """See Engine."""
+        if self._coalescing is not None:
+            flushes = [name for name in dir(self._model) if name.startswith("_flush_coalesced_reduction")]
+            assert flushes, "DeepSpeed names its flush otherwise"
+            for name in flushes:  # the end of the context would wait for ranks that never come
+                setattr(self._model, name, lambda _: None)
+            coalescing, self._coalescing = self._coalescing, None
+            coalescing.__exit__(None, None, None)
+            for name in flushes:
+                delattr(self._model, name)
+        self._model.zero_grad()

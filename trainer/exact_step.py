@@ -15,7 +15,6 @@ import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from launch.config import PlainSource, RunConfig, Source
 from launch.errors import UserError
@@ -23,7 +22,7 @@ from launch.world import World
 from trainer import collectives, flops
 from trainer.batching import OVERHEAD_TOKENS, Plan, make_plan
 from trainer.data import data_order, text_columns
-from trainer.engines import DDP, Engine, Single
+from trainer.engines import Engine, Mode, engine_of
 from trainer.gradcache import OUT_OF_MEMORY, GradCache, StepAbandoned
 from trainer.known import KnownPositives, known_positives
 from trainer.loader import Batch, BatchFeatures, Steps
@@ -171,19 +170,18 @@ class ExactStep:
         device = next(model.parameters()).device
         features = BatchFeatures(self._data.cache, self._padder, batch.rows, device, self._apart)
         if self._step is None:
-            engine: Engine = (
-                DDP(model, backward) if isinstance(model, DistributedDataParallel) else Single(model, backward)
-            )
+            engine = engine_of(model, backward, self._mode(device))
             self._step = GradCache(engine, self._objective, self._config.train.seed, stop_asked=self._stop_asked)
-            self._graph_bytes = self._measure(batch.plan, features, device)
+            self._graph_bytes = self._measure(engine, batch.plan, features, device)
             self._log.peak = flops.device_peak(device, self._config.train.precision)
         elif self._graph_budget is None:
             self._graph_budget = self._share_of_memory(device)
         kept = self._kept(batch.plan)
         try:
             outcome = dataclasses.replace(self._step, kept=kept).step(batch.plan, features, batch.step)
-        except StepAbandoned as error:
-            if error.reason != OUT_OF_MEMORY:
+        except BaseException as error:
+            self._step.engine.abandon()
+            if not isinstance(error, StepAbandoned) or error.reason != OUT_OF_MEMORY:
                 raise
             outcome = None
         if outcome is None:  # outside of the handler: its traceback holds the graphs
@@ -261,9 +259,19 @@ class ExactStep:
                     candidates,
                 )
 
-    def _measure(self, plan: Plan, features: BatchFeatures, device: torch.device) -> float:
+    def _mode(self, device: torch.device) -> Mode:
+        """`train.engine_mode`; auto is fast where whole weights and gradients take less than half of the free memory
+        of every process. All ranks must call."""
+        asked = self._config.train.engine_mode
+        if asked != "auto":
+            return asked
+        needed = 8 * sum(getattr(p, "ds_numel", p.numel()) for p in self._model.parameters())  # fp32, two of them
+        fits = needed < free_bytes(device, self._world.local_world_size) / 2
+        return "lean" if collectives.highest(int(not fits), device) else "fast"
+
+    def _measure(self, engine: Engine, plan: Plan, features: BatchFeatures, device: torch.device) -> float:
         """Bytes that a kept graph holds per padded token: the longest micro-batch, the largest over ranks."""
-        if not self._config.train.graph_memory:
+        if not self._config.train.graph_memory or engine.mode == "lean":
             return 0.0
         texts = plan.micro_batches(collectives.rank())[0]
         inputs = features(texts)
@@ -280,7 +288,7 @@ class ExactStep:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
             hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (keep.append(t), pack(t))[1], lambda t: t)
             with hooks:
-                self._model(inputs)
+                engine.forward(inputs, synchronise=False)
         per_token = sum(held.values()) / inputs["input_ids"].numel()
         if collectives.world_size() > 1:
             largest = torch.tensor([per_token], dtype=torch.float64, device=device)

@@ -106,7 +106,7 @@ class GradCache:
         A batch that is one micro-batch is run once, through whatever synchronises.
         """
         last = len(plan.cuts) - 2
-        keeps = min(self.kept, last)
+        keeps = min(self.kept, last) if self.engine.mode == "fast" else 0
         embeddings, kept, is_full = None, {}, False
         try:
             for index, (first, end) in enumerate(itertools.pairwise(plan.cuts.tolist())):

@@ -5,11 +5,9 @@ processes is checked before the process group exists; a world or an engine that 
 never trains.
 """
 
-import hashlib
 import json
 import logging
 import math
-import os
 import subprocess
 import sys
 import time
@@ -66,13 +64,14 @@ def run(config: RunConfig, run_file: Path, argv: list[str], world: World) -> int
 
     Raises UserError for what the user can mend and CheckFailed where parity does not hold.
     """
-    check_precision(config)
     this = Run(config, run_directory(config, run_file), argv, world, Clock())
     with held(this.run_dir, config, world):
         import torch
 
+        from trainer.live_checks import check_precision
         from trainer.model import quiet_libraries
 
+        check_precision(config)
         quiet_libraries()
 
         try:
@@ -151,6 +150,7 @@ def _train(run: Run, prepared: Prepared) -> Any:
     from trainer import checkpoint
     from trainer.arguments import training_arguments
     from trainer.exact_step import ExactStep, at_the_limit
+    from trainer.live_checks import check_engine, check_live
     from trainer.losses import build_loss
     from trainer.model import load_model
     from trainer.run_record import now
@@ -176,10 +176,12 @@ def _train(run: Run, prepared: Prepared) -> Any:
     if prepared.data:
         step = ExactStep(config, model, prepared.data, run.world, bool, prepared.held_out_data)
     trainer = ContrastiveTrainer(config, model, args, prepared.rows, loss, run_dir, step)
+    check_engine(trainer.accelerator, config)
+    if resume:
+        checkpoint.refuse_other_engine(resume, trainer.engine_name)
     with run.clock.phase("train"):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    # Takes off the autocast that accelerate put around forward: evaluation and export are fp32.
-    tuned = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    tuned = trainer.tuned_model()
     if run.world.rank == 0:
         tuned.save_pretrained(str(run_dir / MODEL), create_model_card=False)
         record |= {"trained": now(), "steps": trainer.state.global_step, "seconds": run.clock.seconds}
@@ -310,57 +312,6 @@ def _bundle_of(run_dir: Path) -> str | None:
         return json.loads((run_dir / BUNDLE / "manifest.json").read_text(encoding="utf-8")).get("run_id")
     except (OSError, ValueError):
         return None
-
-
-def check_live(args: Any, world: World, config: RunConfig, facts: list[dict[str, Any]]) -> None:
-    """Refuse a world or an engine that the libraries silently replaced, and ranks that differ. All ranks must call.
-
-    accelerate starts independent processes, or plain DDP for FSDP, without an error in cases that a CPU or a
-    missing flag brings about; each of them trains something that was not asked for.
-    """
-    import torch
-
-    got = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if got != world.world_size:
-        raise UserError(
-            f"world size: the launcher started {world.world_size} processes, but they formed a group of {got}; "
-            "start with accelerate launch --config_file configs/accelerate/cpu.yaml (CPU) or ddp.yaml (GPU)"
-        )
-    if args.n_gpu > 1:
-        raise UserError(
-            f"devices: one process sees {args.n_gpu} GPUs and would train DataParallel, which is another loss; "
-            "start one process per GPU: accelerate launch --config_file configs/accelerate/ddp.yaml train.py RUN.yaml"
-        )
-    if config.train.precision == "fp16" and args.device.type == "cpu":
-        raise UserError(
-            "train.precision: got fp16 on a CPU, where accelerate silently computes fp32; allowed here: fp32, bf16"
-        )
-    for variable, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(variable, "false").lower() in ("1", "true"):
-            raise UserError(
-                f"engine: got {engine}, allowed: one process or DDP; "
-                "start with accelerate launch --config_file configs/accelerate/ddp.yaml train.py RUN.yaml"
-            )
-    if got > 1:
-        fingerprints = [f["fingerprint"] for f in facts]
-        mine = hashlib.sha256(json.dumps([config.model_dump(mode="json"), fingerprints]).encode()).hexdigest()
-        others: list[Any] = [None] * got
-        torch.distributed.all_gather_object(others, mine)
-        if odd := [str(rank) for rank, other in enumerate(others) if other != others[0]]:
-            raise UserError(
-                f"rank {', '.join(odd)}: another config or other rows than rank 0; every node needs the same run file "
-                "and the same data"
-            )
-
-
-def check_precision(config: RunConfig) -> None:
-    """Raise UserError where the launcher asks for another precision than the run file. Before the arguments exist."""
-    asked = {"no": "fp32"}.get(word := os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), word)
-    if asked not in ("fp32", config.train.precision):
-        raise UserError(
-            f"precision: the launcher asks for {asked}, the run file for {config.train.precision}; "
-            f"set train.precision={asked} or launch with --mixed_precision no"
-        )
 
 
 class Clock:

@@ -4,6 +4,7 @@ What the Trainer does well (optimiser, scheduler, clipping, callbacks, resume bo
 replaces two of its methods, `get_train_dataloader` and `training_step`; any other loss runs through them unchanged.
 """
 
+import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from accelerate.utils import save_fsdp_optimizer
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -21,18 +23,21 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import SCHEDULER_NAME
 
 from launch.config import RunConfig
 from launch.errors import UserError
 from launch.files import remove_folder
+from launch.world import engine_asked_for
 from trainer import checkpoint, collectives
 from trainer.exact_step import ExactStep
 from trainer.gradcache import StepAbandoned
 from trainer.loader import step_loader
 from trainer.losses import LossByDim
 from trainer.metrics_log import StepLog
-from trainer.model import prompt_of
+from trainer.model import load_model, prompt_of
 from trainer.tokens import role_of
+from trainer.weights import is_sharded, load_whole, name_layers, spread, whole_weights
 
 
 @dataclass
@@ -83,6 +88,11 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             callbacks=[StepLog(run_dir / "metrics.jsonl")],
         )
         self.remove_callback(PrinterCallback)  # it repeats StepLog
+        self._plain: SentenceTransformer | None = None
+        if engine_asked_for() and self.is_world_process_zero():
+            self._plain = copy.deepcopy(model)  # the engine takes `model` apart; whole weights are saved from here
+        if self.is_fsdp_enabled:
+            name_layers(self.accelerator.state.fsdp_plugin, model)
         if exact is not None and config.evaluate and config.evaluate.loss_every:
             self.add_callback(HeldOutLoss(exact, config.evaluate.loss_every))
         self._tokens = torch.zeros(2, dtype=torch.int64, device=args.device)  # [real, padded] since the last log
@@ -153,6 +163,54 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         metrics = {f"loss_{dim}": value for dim, value in zip(by_dim, values.tolist(), strict=True)}
         return metrics | {"real_tokens_per_s": real / seconds, "padded_over_real": padded / max(1, real)}
 
+    @property
+    def engine_name(self) -> str:
+        """fsdp2, zero1, zero2, zero3, or ddp, which one process is too: a checkpoint's optimiser state is of one."""
+        if self.is_fsdp_enabled:
+            return "fsdp2"
+        if self.is_deepspeed_enabled:
+            return f"zero{self.accelerator.state.deepspeed_plugin.zero_stage}"  # pyright: ignore[reportOptionalMemberAccess]
+        return "ddp"
+
+    def tuned_model(self) -> SentenceTransformer:
+        """The model as it is now, whole and in fp32 on every rank, without the engine. All ranks must call."""
+        if not is_sharded(self.model_wrapped):
+            # Takes off the autocast that accelerate put around forward.
+            tuned: Any = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+            return tuned
+        weights = whole_weights(self.model_wrapped)
+        model = self._plain or load_model(self._config.model, "cpu")
+        spread(weights, model)
+        return model.to(self.args.device)
+
+    # Weights are saved whole, so that any engine reads what any other wrote; optimiser states as the engine has them.
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model as sentence-transformers does. All ranks must call."""
+        if not is_sharded(self.model_wrapped):
+            return super().save_model(output_dir, _internal_call)
+        weights = whole_weights(self.model_wrapped)
+        if self._plain is not None:
+            self._plain.load_state_dict(weights)
+            self._plain.save_pretrained(str(output_dir), create_model_card=False)
+        return None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model
+        save_fsdp_optimizer(*state, output_dir)
+        if self.args.should_save:
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        return None
+
+    def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(checkpoint_path)
+        settings = self._config.model.model_copy(update={"path": checkpoint_path, "revision": None, "pooling": None})
+        return load_whole(self.model_wrapped, load_model(settings, "cpu"))
+
     # Checkpoints: the Trainer writes into a partial folder, rank 0 publishes it.
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -174,7 +232,7 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             self._barrier()
             if self.is_world_process_zero():
                 (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-                checkpoint.publish(written, final, {"step": step})
+                checkpoint.publish(written, final, {"step": step, "engine": self.engine_name})
         except Exception as error:
             remove_folder(self._writing_to)
             # A full disk comes as an OSError from Python, and as a text from safetensors and torch.

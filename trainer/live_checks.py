@@ -1,0 +1,93 @@
+"""Live checks: the world, the engine and the precision that the libraries made are those that were asked for.
+
+accelerate and DeepSpeed replace what they cannot do without an error: plain DDP for FSDP, one process for many, one
+precision for another. Each of them trains something that was not asked for.
+"""
+
+import hashlib
+import json
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from launch.config import RunConfig
+from launch.errors import UserError
+from launch.world import World, engine_asked_for
+
+_ON_CPU = "allowed on a CPU: configs/accelerate/single.yaml or cpu.yaml"
+
+
+def check_live(args: Any, world: World, config: RunConfig, facts: list[dict[str, Any]]) -> None:
+    """Raise UserError for a world that is not what was started, and for ranks that differ. All ranks must call."""
+    got = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if got != world.world_size:
+        raise UserError(
+            f"world size: the launcher started {world.world_size} processes, but they formed a group of {got}; "
+            "start with accelerate launch --config_file configs/accelerate/cpu.yaml (CPU) or ddp.yaml (GPU)"
+        )
+    if args.n_gpu > 1:
+        raise UserError(
+            f"devices: one process sees {args.n_gpu} GPUs and would train DataParallel, which is another loss; "
+            "start one process per GPU: accelerate launch --config_file configs/accelerate/ddp.yaml train.py RUN.yaml"
+        )
+    if config.train.precision == "fp16" and args.device.type == "cpu":
+        raise UserError(
+            "train.precision: got fp16 on a CPU, where accelerate silently computes fp32; allowed here: fp32, bf16"
+        )
+    if got > 1:
+        fingerprints = [f["fingerprint"] for f in facts]
+        mine = hashlib.sha256(json.dumps([config.model_dump(mode="json"), fingerprints]).encode()).hexdigest()
+        others: list[Any] = [None] * got
+        torch.distributed.all_gather_object(others, mine)
+        if odd := [str(rank) for rank, other in enumerate(others) if other != others[0]]:
+            raise UserError(
+                f"rank {', '.join(odd)}: another config or other rows than rank 0; every node needs the same run file "
+                "and the same data"
+            )
+
+
+def check_precision(config: RunConfig) -> None:
+    """Raise UserError where the launcher asks for another precision than the run file. Before the arguments exist."""
+    asked = {"no": "fp32"}.get(word := os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), word)
+    if asked not in ("fp32", config.train.precision):
+        raise UserError(
+            f"precision: the launcher asks for {asked}, the run file for {config.train.precision}; "
+            f"set train.precision={asked} or launch with --mixed_precision no"
+        )
+
+
+def check_engine(accelerator: Accelerator, config: RunConfig) -> None:
+    """Raise UserError where the engine is not the one of the launcher's file, or trains otherwise than the run file."""
+    asked, got = engine_asked_for(), accelerator.distributed_type
+    if asked == "FSDP":
+        if got != DistributedType.FSDP:
+            raise UserError(f"engine: got {got.value} for FSDP, which accelerate leaves out on a CPU; {_ON_CPU}")
+        version = getattr(accelerator.state.fsdp_plugin, "fsdp_version", None)
+        if version != 2:
+            raise UserError(f"fsdp_config.fsdp_version: got {version}, allowed: 2, as in configs/accelerate/fsdp2.yaml")
+    if asked == "DEEPSPEED":
+        if got != DistributedType.DEEPSPEED:
+            raise UserError(f"engine: got {got.value} for DeepSpeed, which accelerate leaves out on a CPU; {_ON_CPU}")
+        settings: dict[str, Any] = getattr(accelerator.state.deepspeed_plugin, "deepspeed_config", {})
+        stage = settings.get("zero_optimization", {}).get("stage", 0)
+        if stage not in (1, 2, 3):
+            raise UserError(
+                f"zero_optimization.stage: got {stage}, allowed: 1, 2, 3; stage 0 is configs/accelerate/ddp.yaml"
+            )
+        for key in ("optimizer", "scheduler"):
+            if key in settings:
+                raise UserError(f"DeepSpeed's file: got {key}, which would replace the run file's; take it out")
+        steps = settings.get("gradient_accumulation_steps", 1)
+        if steps not in (1, "auto"):
+            raise UserError(
+                f"DeepSpeed's file: got gradient_accumulation_steps {steps}, allowed: 1; a larger batch is "
+                "train.global_batch_size, which brings more negatives"
+            )
+    if asked and not config.loss.is_exact and config.loss.name.startswith("Cached"):
+        raise UserError(
+            f"loss.name: got {config.loss.name} in sentence-transformers' own code, which is wrong or fails under "
+            f"{asked}; allowed there: loss.step=exact, or a launcher's file of DDP"
+        )

@@ -1,0 +1,78 @@
+"""Whole weights out of any engine and into one: what is saved, evaluated and exported has them under plain names."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+
+from launch.errors import UserError
+from trainer import collectives
+
+
+def name_layers(plugin: Any, model: SentenceTransformer) -> None:
+    """Tell accelerate's FSDP plugin which layers are groups of their own, unless the launcher's file does.
+
+    It asks the model for them, which a SentenceTransformer does not answer: it would gather all weights at once,
+    without a word. Raises UserError where the encoder does not name its layers.
+    """
+    # accelerate takes the last child called Norm-something for a layer norm and shards it; Normalize cannot be.
+    setattr(model, "base_model_prefix", "0")  # noqa: B010  (a Module to the type checker)
+    if not plugin.transformer_cls_names_to_wrap:
+        encoder: Any = model[0]
+        names = getattr(getattr(encoder, "auto_model", None), "_no_split_modules", None)
+        present = {type(module).__name__ for module in model.modules()}
+        plugin.transformer_cls_names_to_wrap = sorted(present.intersection(names or ()))
+    if not plugin.transformer_cls_names_to_wrap:
+        raise UserError(
+            "fsdp_config.fsdp_transformer_layer_cls_to_wrap: not given, and the encoder does not name its layers; "
+            "write the class of a layer there, for example BertLayer"
+        )
+
+
+def is_sharded(prepared: Any) -> bool:
+    """Whether an engine holds weights in shards or in another precision than fp32: FSDP2 and DeepSpeed do."""
+    return isinstance(prepared, FSDPModule) or hasattr(prepared, "zero_optimization_stage")
+
+
+def whole_weights(prepared: Any) -> dict[str, Tensor]:
+    """The state of the model in a sharded engine, fp32 on the CPU, on rank 0; elsewhere it may be empty.
+
+    All ranks must call, between steps. Needs room for all weights in the memory of rank 0's machine.
+    """
+    if isinstance(prepared, FSDPModule):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model: Any = prepared
+        weights: dict[str, Any] = get_model_state_dict(model, options=options)
+        return weights
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights = {}
+    for name, value in prepared.module.named_parameters(remove_duplicate=False):
+        whole = safe_get_full_fp32_param(value) if value.requires_grad else None
+        with deepspeed.zero.GatheredParameters([value], enabled=whole is None and hasattr(value, "ds_id")):
+            if collectives.rank() == 0:
+                weights[name] = (value.detach() if whole is None else whole).float().cpu().clone()
+    if collectives.rank() == 0:
+        names = prepared.module.state_dict().keys()
+        weights |= {name: value for name, value in prepared.module.named_buffers() if name in names}
+    return weights
+
+
+def load_whole(prepared: Any, model: SentenceTransformer) -> None:
+    """Put the weights of `model`, which every rank has, into an FSDP2 model. All ranks must call."""
+    set_model_state_dict(prepared, dict(model.state_dict()), options=StateDictOptions(full_state_dict=True))
+
+
+def spread(weights: dict[str, Tensor], model: SentenceTransformer) -> None:
+    """Put rank 0's `weights` into every rank's `model`, tensor by tensor. All ranks must call."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if collectives.rank() == 0:
+                tensor.copy_(weights[name])
+            if collectives.world_size() > 1:
+                dist.broadcast(tensor, 0)
