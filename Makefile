@@ -4,6 +4,8 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
+# Only as source: built against the torch of .venv, its operators when they are first used.
+DEEPSPEED := DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 # One thread per process: two processes on two cores would otherwise fight for them.
 export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED = 1
@@ -29,6 +31,7 @@ help:
 .venv/dev.stamp: .venv/demo.stamp
 	@echo "installing the tools for tests and checks into .venv (once)"
 	@$(PIP) --editable ".[dev]"
+	@$(DEEPSPEED)
 	@touch $@
 
 data/demo/card.json: | .venv/demo.stamp
@@ -67,7 +70,7 @@ bench: .venv/dev.stamp
 
 deepspeed: .venv/demo.stamp
 	@echo "installing DeepSpeed against the torch of .venv"
-	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation ".[deepspeed]"
+	@$(DEEPSPEED)
 
 clean:
 	rm -rf .venv data/demo runs/demo cache run.schema.json

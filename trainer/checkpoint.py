@@ -82,8 +82,8 @@ def refuse_other_engine(checkpoint: Path, engine: str) -> None:
     if wrote != engine:
         where = f"configs/accelerate/{wrote}.yaml{' or cpu.yaml' if wrote == 'ddp' else ''}"
         raise UserError(
-            f"{checkpoint}: its optimiser state is one of {wrote}, got {engine}; go on with {where}, or begin a new run "
-            f"with model.path={checkpoint}: any engine reads its weights"
+            f"{checkpoint}: its optimiser state is one of {wrote}, got {engine}; go on with {where}, or begin a new "
+            f"run with model.path={checkpoint}: any engine reads its weights"
         )
 
 

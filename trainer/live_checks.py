@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 
 from launch.config import RunConfig
@@ -18,6 +18,19 @@ from launch.errors import UserError
 from launch.world import World, engine_asked_for
 
 _ON_CPU = "allowed on a CPU: configs/accelerate/single.yaml or cpu.yaml"
+
+
+def check_backend() -> None:
+    """Raise UserError for FSDP1, and where accelerate would leave the engine out. Before the arguments exist.
+
+    Without an accelerator it trains plain DDP or one process for FSDP, and DeepSpeed first compiles for minutes.
+    """
+    prepare: Any = PartialState._prepare_backend  # what the next `Accelerator` of this process does
+    asked, version = engine_asked_for(), os.environ.get("FSDP_VERSION", "1")
+    if asked == "FSDP" and version != "2":
+        raise UserError(f"fsdp_config.fsdp_version: got {version}, allowed: 2, as in configs/accelerate/fsdp2.yaml")
+    if asked and prepare(None, False, False, None)[0] is None:
+        raise UserError(f"engine: got {asked} on a machine without a GPU, where accelerate leaves it out; {_ON_CPU}")
 
 
 def check_live(args: Any, world: World, config: RunConfig, facts: list[dict[str, Any]]) -> None:
@@ -62,15 +75,9 @@ def check_precision(config: RunConfig) -> None:
 def check_engine(accelerator: Accelerator, config: RunConfig) -> None:
     """Raise UserError where the engine is not the one of the launcher's file, or trains otherwise than the run file."""
     asked, got = engine_asked_for(), accelerator.distributed_type
-    if asked == "FSDP":
-        if got != DistributedType.FSDP:
-            raise UserError(f"engine: got {got.value} for FSDP, which accelerate leaves out on a CPU; {_ON_CPU}")
-        version = getattr(accelerator.state.fsdp_plugin, "fsdp_version", None)
-        if version != 2:
-            raise UserError(f"fsdp_config.fsdp_version: got {version}, allowed: 2, as in configs/accelerate/fsdp2.yaml")
+    if asked and got != DistributedType(asked):
+        raise UserError(f"engine: the launcher's file asks for {asked}, accelerate made {got.value}; {_ON_CPU}")
     if asked == "DEEPSPEED":
-        if got != DistributedType.DEEPSPEED:
-            raise UserError(f"engine: got {got.value} for DeepSpeed, which accelerate leaves out on a CPU; {_ON_CPU}")
         settings: dict[str, Any] = getattr(accelerator.state.deepspeed_plugin, "deepspeed_config", {})
         stage = settings.get("zero_optimization", {}).get("stage", 0)
         if stage not in (1, 2, 3):
@@ -80,12 +87,16 @@ def check_engine(accelerator: Accelerator, config: RunConfig) -> None:
         for key in ("optimizer", "scheduler"):
             if key in settings:
                 raise UserError(f"DeepSpeed's file: got {key}, which would replace the run file's; take it out")
-        steps = settings.get("gradient_accumulation_steps", 1)
-        if steps not in (1, "auto"):
-            raise UserError(
-                f"DeepSpeed's file: got gradient_accumulation_steps {steps}, allowed: 1; a larger batch is "
-                "train.global_batch_size, which brings more negatives"
-            )
+        train = config.train
+        decided = {  # "auto" has become the run file's value by now; what is not there has DeepSpeed's default
+            "gradient_accumulation_steps": (settings.get("gradient_accumulation_steps", 1), 1),
+            "gradient_clipping": (settings.get("gradient_clipping", 0.0), train.max_grad_norm or 0.0),
+            "bf16.enabled": (settings.get("bf16", {}).get("enabled", False), train.precision == "bf16"),
+            "fp16.enabled": (settings.get("fp16", {}).get("enabled", False), train.precision == "fp16"),
+        }
+        for key, (value, own) in decided.items():
+            if value != own:
+                raise UserError(f'DeepSpeed\'s file: got {key} {value}, the run file says {own}; write "auto" there')
     if asked and not config.loss.is_exact and config.loss.name.startswith("Cached"):
         raise UserError(
             f"loss.name: got {config.loss.name} in sentence-transformers' own code, which is wrong or fails under "

@@ -68,10 +68,11 @@ def run(config: RunConfig, run_file: Path, argv: list[str], world: World) -> int
     with held(this.run_dir, config, world):
         import torch
 
-        from trainer.live_checks import check_precision
+        from trainer.live_checks import check_backend, check_precision
         from trainer.model import quiet_libraries
 
         check_precision(config)
+        check_backend()
         quiet_libraries()
 
         try:

@@ -1,0 +1,113 @@
+"""Whole runs under FSDP2 and ZeRO, over gloo on the CPU: `python -m pytest tests/test_run_engines.py`."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.test_run import CPU2, ROOT, _curve, _finish, _run_file, _start
+
+ENGINES = ("fsdp2", "zero1", "zero2", "zero3")
+EVALUATED = """
+loss: {dims: [384, 64]}
+checkpoint: {every: 2}
+evaluate: {sources: [{path: HELD}], loss_every: 3}
+"""
+
+
+def _launcher(engine: str, folder: Path = ROOT / "configs/accelerate") -> str:
+    return f"--config_file {folder}/{engine}.yaml --num_processes 2 -m tests.cpu_engines"
+
+
+def _file(folder: Path, train: str) -> Path:
+    return _run_file(folder, extra=EVALUATED.replace("HELD", str(folder / "held_out.jsonl")), train=train)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_trains_the_curve_of_ddp_and_its_killed_run_resumes(tmp_path: Path, engine: str) -> None:
+    # The first steps tell, later ones repeat fp32 rounding of 20 times the cosine.
+    run_file = _file(tmp_path, "  optim: sgd\n  max_grad_norm: 0.5\n  micro_batch_tokens: 64")
+    plain = "model.dropout=0.0", "train.learning_rate=1e-2"
+    code, out, err = _finish(_start(str(run_file), f"train.run_dir={tmp_path}/ddp", *plain, launcher=CPU2))
+    assert code == 0, out + err
+    for mode in ("fast", "lean"):
+        words = str(run_file), f"train.run_dir={tmp_path}/{mode}", *plain, f"train.engine_mode={mode}"
+        code, out, err = _finish(_start(*words, launcher=_launcher(engine)))
+        assert code == 0, out + err
+        for ours, theirs in zip(_curve(tmp_path / mode), _curve(tmp_path / "ddp"), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4), (mode, ours["step"])
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), (mode, ours["step"])
+            assert (ours.get("eval_loss") or 0) == pytest.approx(theirs.get("eval_loss") or 0, rel=1e-4), mode
+    values = [
+        {(r["model"], r["dim"], r["metric"]): r["value"] for r in json.loads(file.read_text())["results"]}
+        for file in (tmp_path / "fast/evaluation.json", tmp_path / "ddp/evaluation.json")
+    ]
+    assert values[0] == pytest.approx(values[1], abs=1e-6)
+
+    killed = _start(str(run_file), *plain, "train.engine_mode=fast", launcher=_launcher(engine))
+    checkpoint = tmp_path / "run/checkpoints/step-2"
+    deadline = time.monotonic() + 180
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    assert checkpoint.exists()
+    words = str(run_file), *plain, "train.engine_mode=fast"
+    code, _, err = _finish(_start(*words, launcher=CPU2))
+    assert code and f"its optimiser state is one of {engine}, got ddp" in err
+    code, out, err = _finish(_start(*words, launcher=_launcher(engine)))
+    assert code == 0 and "resuming from" in out, out + err
+    files = [tmp_path / name / "model/model.safetensors" for name in ("fast", "run")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    # Its weights are a model that any engine begins with.
+    shutil.copytree(tmp_path / "run/checkpoints/step-6", tmp_path / "tuned")
+    words = str(run_file), f"model.path={tmp_path}/tuned", f"train.run_dir={tmp_path}/next", "train.max_steps=1"
+    code, out, err = _finish(_start(*words, launcher=CPU2))
+    assert code == 0, out + err
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_an_engine_without_a_gpu_is_refused(tmp_path: Path, engine: str) -> None:
+    launcher = f"--config_file {ROOT}/configs/accelerate/{engine}.yaml --num_processes 2"
+    code, out, err = _finish(_start(str(_run_file(tmp_path)), launcher=launcher))
+    assert code and "on a machine without a GPU, where accelerate leaves it out" in err, out + err
+    assert not (tmp_path / "run").exists()
+
+
+FEW = (0, 1)  # in `make test`; each takes a start of DeepSpeed
+WRONG = [
+    ("fsdp2", {"fsdp_version": 1}, "fsdp_version: got 1, allowed: 2"),
+    ("zero3", {"gradient_clipping": 0.0}, "got gradient_clipping 0.0, the run file says 1.0"),
+    ("zero2", {"zero_optimization": {"stage": 0}}, "zero_optimization.stage: got 0, allowed: 1, 2, 3"),
+    ("zero2", {"gradient_accumulation_steps": 4}, "got gradient_accumulation_steps 4, the run file says 1"),
+    ("zero2", {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "got optimizer, which would replace"),
+    ("zero2", {"gradient_clipping": 7.0}, "got gradient_clipping 7.0, the run file says 1.0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("engine", "change", "said"),
+    [
+        pytest.param(*case, id=case[2].split(",")[0], marks=[] if number in FEW else pytest.mark.slow)
+        for number, case in enumerate(WRONG)
+    ],
+)
+def test_settings_that_would_train_otherwise_are_refused(
+    tmp_path: Path, engine: str, change: dict[str, object], said: str
+) -> None:
+    launch = yaml.safe_load((ROOT / f"configs/accelerate/{engine}.yaml").read_text())
+    if engine == "fsdp2":
+        launch["fsdp_config"] |= change
+    else:
+        settings = json.loads((ROOT / f"configs/deepspeed/{engine}.json").read_text()) | change
+        (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
+        launch["deepspeed_config"]["deepspeed_config_file"] = str(tmp_path / "deepspeed.json")
+    (tmp_path / f"{engine}.yaml").write_text(yaml.safe_dump(launch))
+    code, out, err = _finish(_start(str(_run_file(tmp_path)), launcher=_launcher(engine, tmp_path)))
+    lines = [line for line in err.splitlines() if line.startswith("nestling: ")]
+    assert code and len(lines) == 1 and said in lines[0], out + err
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
