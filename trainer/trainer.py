@@ -23,6 +23,7 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import SCHEDULER_NAME
 
 from launch.config import RunConfig
@@ -173,12 +174,13 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         return "ddp"
 
     def tuned_model(self) -> SentenceTransformer:
-        """The model as it is now, whole and in fp32 on every rank, without the engine. All ranks must call."""
+        """The model after training, whole and in fp32 on every rank, without the engine. All ranks must call."""
         if not is_sharded(self.model_wrapped):
             # Takes off the autocast that accelerate put around forward.
             tuned: Any = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
             return tuned
         weights = whole_weights(self.model_wrapped)
+        unset_hf_deepspeed_config()  # under ZeRO-3 every model that is loaded would be taken apart
         model = self._plain or load_model(self._config.model, "cpu")
         spread(weights, model)
         return model.to(self.args.device)
