@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed import run
 from tests.test_gradcache import OBJECTIVE, Batch, TinyEncoder, _st_gradient
-from trainer.engines import ZeRO, engine_of
-from trainer.gradcache import GradCache
+from trainer.engines import FSDP2, Engine, ZeRO, engine_of
+from trainer.gradcache import GradCache, StepAbandoned
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 LEARNING_RATE, STEPS, CLIP = 0.05, 3, 2.0
@@ -133,6 +133,7 @@ def _train(name: str, case: Case) -> dict[str, float]:
 
     if isinstance(engine, ZeRO):
         prepared.step = look_and_step
+    _leave_a_step(engine, case)
     for number, batch in enumerate(_batches(case.columns)):
         plan = batch.plan(dist.get_world_size(), 24, overhead_tokens=1)
         assert len(plan.cuts) > 4, "too few micro-batches to tell"
@@ -158,9 +159,38 @@ def _train(name: str, case: Case) -> dict[str, float]:
     return errors
 
 
-def _cases(rank: int, name: str, cases: list[Case]) -> list[dict[str, float]]:
+def _leave_a_step(engine: Engine, case: Case) -> None:
+    """Leave a step: nothing of it may be in the next one, or the engine refuses that."""
+    batch, is_sharded = Batch(9, case.columns, 40, seed=9), isinstance(engine, FSDP2 | ZeRO)
+    asked = iter([is_sharded, True])  # after pass 1, or before the last replay
+    step = GradCache(engine, OBJECTIVE, seed=1, kept=case.kept, stop_asked=lambda: next(asked))
+    with pytest.raises(StepAbandoned):
+        step.step(batch.plan(dist.get_world_size(), 24, overhead_tokens=1), batch.features, step=0)
+    engine.abandon()
+
+
+def _as_torchrun(rank: int) -> None:
+    """What DeepSpeed reads of the environment."""
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(dist.get_world_size())}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_SIZE": str(dist.get_world_size())}
+
+
+def _left_in_its_replays(rank: int, name: str) -> None:
+    _as_torchrun(rank)
+    case = PAIRWISE[0]
+    prepared, _ = _prepared(name, case)
+    engine = engine_of(prepared, lambda loss: loss.backward(), case.mode)
+    batch = _batches(case.columns)[0]
+    plan, asked = batch.plan(dist.get_world_size(), 24, overhead_tokens=1), iter([False, True])
+    with pytest.raises(StepAbandoned):
+        GradCache(engine, OBJECTIVE, 1, stop_asked=lambda: next(asked)).step(plan, batch.features, step=0)
+    engine.abandon()
+    with pytest.raises(RuntimeError, match="left in the middle of a step"):
+        GradCache(engine, OBJECTIVE, 1).step(plan, batch.features, step=0)
+
+
+def _cases(rank: int, name: str, cases: list[Case]) -> list[dict[str, float]]:
+    _as_torchrun(rank)
     return [_train(name, case) for case in cases]
 
 
@@ -173,6 +203,11 @@ def _check(name: str, world_size: int, cases: list[Case]) -> None:
 @pytest.mark.parametrize("name", ENGINES)
 def test_gradient_and_steps_are_those_of_one_process(name: str) -> None:
     _check(name, 2, PAIRWISE[:4])
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero3"])
+def test_an_engine_left_in_its_replays_takes_no_further_step(name: str) -> None:
+    run(_left_in_its_replays, 2, name)
 
 
 @pytest.mark.slow

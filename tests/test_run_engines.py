@@ -5,6 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -53,7 +54,9 @@ def test_an_engine_trains_the_curve_of_ddp_and_its_killed_run_resumes(tmp_path: 
     deadline = time.monotonic() + 180
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    killed.kill()
+    launcher = psutil.Process(killed.pid)
+    for process in (launcher, *launcher.children(recursive=True)):  # workers outlive a launcher that is killed
+        process.kill()
     killed.communicate()
     assert checkpoint.exists()
     words = str(run_file), *plain, "train.engine_mode=fast"

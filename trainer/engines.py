@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -37,7 +38,11 @@ class Engine(Protocol):
         ...
 
     def abandon(self) -> None:
-        """Leave a step at any place before `finish`, its gradients lost. No collective: others may not come."""
+        """Leave a step at any place before `finish`. No collective: others may not come.
+
+        One process and DDP lose the gradients and may go on. FSDP2 and ZeRO may do so only if no backward had begun:
+        what their backwards had added up stays in buffers of theirs, so a further step is refused.
+        """
         ...
 
 
@@ -104,6 +109,12 @@ class DDP:
         self._model.zero_grad()
 
 
+def _refuse_what_was_left(has_begun: bool) -> None:
+    """A first pass, which has no graphs, while backwards of another step are not finished."""
+    if has_begun and not torch.is_grad_enabled():
+        raise RuntimeError("this engine was left in the middle of a step; its gradient would be in the next one")
+
+
 class FSDP2:
     """fully_shard of torch, whose groups gather parameters and reduce gradients by flags that their hooks read.
 
@@ -113,22 +124,29 @@ class FSDP2:
     """
 
     def __init__(self, model: Any, backward: Callable[[Tensor], None] = _call_backward, mode: Mode = "fast") -> None:
-        self._model = model
+        self._model, self._call_backward = model, backward
         self.mode: Mode = mode
-        self.backward = backward
+        self._has_begun = False
         if mode == "fast":
             model.set_reshard_after_forward(False)
 
     def forward(self, features: dict[str, Any], synchronise: bool) -> Tensor:
         """See Engine."""
+        _refuse_what_was_left(self._has_begun)
         if self.mode == "fast":
             self._model.set_requires_gradient_sync(synchronise)
             self._model.set_is_last_backward(synchronise)
             self._model.set_reshard_after_backward(synchronise)
         return self._model(features)["sentence_embedding"]
 
+    def backward(self, surrogate: Tensor, /) -> None:
+        """See Engine."""
+        self._has_begun = True
+        self._call_backward(surrogate)
+
     def finish(self) -> None:
         """See Engine."""
+        self._has_begun = False
 
     def abandon(self) -> None:
         """See Engine."""
@@ -151,15 +169,17 @@ class ZeRO:
         self._model = model
         self.mode: Mode = mode if hasattr(model.optimizer, "_coalesce_grad_reduction") else "lean"
         self._coalescing: AbstractContextManager[None] | None = None
-        self._is_last = False
+        self._is_last = self._has_begun = False
 
     def forward(self, features: dict[str, Any], synchronise: bool) -> Tensor:
         """See Engine."""
+        _refuse_what_was_left(self._has_begun)
         self._is_last = synchronise
         return self._model(features)["sentence_embedding"]
 
     def backward(self, surrogate: Tensor, /) -> None:
         """See Engine."""
+        self._has_begun = True
         if self.mode == "lean":
             self._model.set_gradient_accumulation_boundary(self._is_last)
         elif self._coalescing is None:
@@ -175,6 +195,7 @@ class ZeRO:
             coalescing.__exit__(None, None, None)
         self._model.set_gradient_accumulation_boundary(True)
         self._model.step()
+        self._has_begun = False
 
     def abandon(self) -> None:
         """See Engine."""
