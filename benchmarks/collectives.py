@@ -18,23 +18,23 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from benchmarks.common import (
     RIVAL,
     Claim,
+    MadeBatch,
     cached_loss,
     finish,
     gradient,
-    made_texts,
     objective,
     one_thread,
     options,
     progress,
     relative_error,
+    scatters_within,
     table,
     tiny_model,
 )
@@ -96,7 +96,6 @@ def counted() -> Iterator[Sent]:
     """Count what this process calls of torch.distributed; raises AssertionError if it sends in another way."""
     import torch.distributed as dist
     from torch import Tensor
-    from torch.distributed.nn.functional import _AllGather
 
     sent, within = Sent(), False
 
@@ -113,26 +112,25 @@ def counted() -> Iterator[Sent]:
 
         return watching
 
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    @contextmanager
+    def scatter(part: Tensor) -> Iterator[None]:
         nonlocal within
-        sent.add("scatter", gradients[dist.get_rank()])
+        sent.add("scatter", part)
         within = True
         try:
-            return own_backward(ctx, *gradients)
+            yield
         finally:
             within = False
 
     originals = {name: getattr(dist, name) for name in (*GATHERS, *SCATTERS, *OTHERS)}
-    own_backward = _AllGather.backward
     try:
         for name, call in originals.items():
             setattr(dist, name, watched(name, call))
-        setattr(_AllGather, "backward", staticmethod(backward))  # noqa: B010  (private to the type checker)
-        yield sent
+        with scatters_within(scatter):
+            yield sent
     finally:
         for name, call in originals.items():
             setattr(dist, name, call)
-        setattr(_AllGather, "backward", staticmethod(own_backward))  # noqa: B010
 
 
 def measure(rank: int, folder: Path, settings: Sequence[Setting]) -> list[tuple[Sent, Sent, float]]:
@@ -141,7 +139,6 @@ def measure(rank: int, folder: Path, settings: Sequence[Setting]) -> list[tuple[
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from trainer.batching import make_plan
     from trainer.engines import DDP
     from trainer.gradcache import GradCache
 
@@ -154,24 +151,14 @@ def measure(rank: int, folder: Path, settings: Sequence[Setting]) -> list[tuple[
     wrapper = DistributedDataParallel(model)
     results = []
     for setting in settings:
-        shape = setting.batch, setting.columns
-        ids = np.arange(setting.batch * setting.columns).reshape(shape)
-        texts = np.array(made_texts(ids.size, LONGEST))
-        lengths = np.char.count(texts, " ").reshape(shape) + 3  # words, and two that begin and end a text
-        dims = DIMS[setting.dims]
-
-        def features(numbers: np.ndarray, texts: np.ndarray = texts) -> dict[str, Any]:
-            return model.preprocess(texts[numbers].tolist())
-
-        tokens = setting.micro_batch * LONGEST
-        plan = make_plan(ids, ids, lengths, world_size=setting.ranks, micro_batch_tokens=tokens, masks=False)
+        batch, dims = MadeBatch(setting.batch, setting.columns, LONGEST), DIMS[setting.dims]
+        plan = batch.plan(setting.ranks, setting.micro_batch * LONGEST)
         wrapper.zero_grad(set_to_none=True)
         with counted() as ours:
-            GradCache(DDP(wrapper), objective(dims), seed=0).step(plan, features, 0)
+            GradCache(DDP(wrapper), objective(dims), seed=0).step(plan, partial(batch.features, model), 0)
         computed = gradient(wrapper)
 
-        share = setting.batch // setting.ranks
-        columns = [features(column) for column in ids[rank * share : (rank + 1) * share].T]
+        columns = batch.columns(model, rank, setting.ranks)
         loss, cached = cached_loss(model, dims, setting.micro_batch, gather=True)
         setattr(cached, "model", wrapper)  # noqa: B010  (what its trainer does after wrapping)
         wrapper.zero_grad(set_to_none=True)

@@ -12,7 +12,8 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -217,6 +218,54 @@ def made_texts(count: int, longest: int, seed: int = 0) -> list[str]:
     return [" ".join(text) for text in np.split(words, np.cumsum(lengths)[:-1])]
 
 
+class MadeBatch:
+    """A global batch of made texts, all distinct, for both sides; features are made by the model's own tokenizer."""
+
+    def __init__(self, rows: int, columns: int, longest: int) -> None:
+        self._ids = np.arange(rows * columns).reshape(rows, columns)
+        self._texts = np.array(made_texts(self._ids.size, longest))
+        words = np.char.count(self._texts, " ").reshape(rows, columns) + 1
+        self._lengths = words + 2  # tokens that begin and end a text
+
+    def plan(self, world_size: int, tokens: int) -> "Plan":
+        """Our plan, without masks: the rival has none."""
+        from trainer.batching import make_plan
+
+        ids = self._ids
+        return make_plan(ids, ids, self._lengths, world_size=world_size, micro_batch_tokens=tokens, masks=False)
+
+    def features(self, model: Any, numbers: np.ndarray) -> dict[str, Any]:
+        """Model inputs of texts by their numbers in the batch."""
+        return model.preprocess(self._texts[numbers].tolist())
+
+    def columns(self, model: Any, rank: int = 0, world_size: int = 1) -> list[dict[str, Any]]:
+        """The rival's inputs of a rank whose share of the rows is 1 / world_size, which divides them."""
+        share = len(self._ids) // world_size
+        return [self.features(model, column) for column in self._ids[rank * share : (rank + 1) * share].T]
+
+
+@contextmanager
+def scatters_within(around: "Callable[[Tensor], AbstractContextManager[None]]") -> Iterator[None]:
+    """Run each backward of torch's differentiable all-gather within `around(gradient of this rank's part)`.
+
+    It is one reduce-scatter on NCCL, which gloo only imitates with other calls.
+    """
+    import torch.distributed as dist
+    from torch.distributed.nn.functional import _AllGather
+
+    own = _AllGather.backward
+
+    def backward(ctx: Any, *gradients: "Tensor") -> Any:
+        with around(gradients[dist.get_rank()]):
+            return own(ctx, *gradients)
+
+    try:
+        setattr(_AllGather, "backward", staticmethod(backward))  # noqa: B010  (private to the type checker)
+        yield
+    finally:
+        setattr(_AllGather, "backward", staticmethod(own))  # noqa: B010
+
+
 def cached_loss(
     model: Any, dims: Sequence[int], size: int, tokens: int | None = None, gather: bool = False
 ) -> "tuple[MatryoshkaLoss, CachedMultipleNegativesRankingLoss]":
@@ -316,10 +365,12 @@ def objective(dims: Sequence[int]) -> Any:
 
 
 def gradient(model: "nn.Module") -> "Tensor":
-    """A copy of the gradients of all parameters, one after the other."""
+    """A copy of the gradients of all parameters, one after the other; of shards all ranks must call."""
     import torch
+    from torch.distributed.tensor import DTensor
 
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.cat([(part.full_tensor() if isinstance(part, DTensor) else part).flatten() for part in found])
 
 
 def relative_error(ours: "Tensor", truth: "Tensor") -> float:

@@ -25,6 +25,7 @@ CLAIMS = {
     "collectives": ["collectives.embedding_gathers_max", "collectives.embedding_scatters_max"],
     "huge_batch": ["huge_batch.peak_over_expected", "huge_batch.row_time_ratio"],
     "overhead": ["overhead.kept", "overhead.recompute"],
+    "engines": ["engines.max_gradient_error"],
 }
 
 
@@ -47,6 +48,10 @@ def test_quick_form_writes_its_claims(name: str, tmp_path: Path) -> None:
         # sentence-transformers' own, of 2 to 5 columns, 1 or 5 dims and 1 to 8 chunks of the loss.
         assert written["claims"][0]["conditions"].endswith("calls 2 to 25")
         assert written["claims"][1]["conditions"].endswith("calls 2 to 200")
+    if name == "engines":
+        assert written["claims"][0]["value"] <= 1e-5
+        # sentence-transformers' own, whose backwards reduce each parameter more than once a step.
+        assert "zero1 AssertionError, 2 x zero2 AssertionError, 2 x zero3 " in written["claims"][0]["conditions"]
     assert {"cpu", "cores", "threads"} <= set(written["machine"]) and written["machine"]["threads"] == 1
     assert written["versions"]["sentence-transformers"] == "6.2.0"
 
