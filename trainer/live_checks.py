@@ -90,7 +90,7 @@ def check_engine(accelerator: Accelerator, config: RunConfig) -> None:
         train = config.train
         decided = {  # "auto" has become the run file's value by now; what is not there has DeepSpeed's default
             "gradient_accumulation_steps": (settings.get("gradient_accumulation_steps", 1), 1),
-            "gradient_clipping": (settings.get("gradient_clipping", 0.0), train.max_grad_norm or 0.0),
+            "gradient_clipping": (settings.get("gradient_clipping", 1.0), train.max_grad_norm or 0.0),
             "bf16.enabled": (settings.get("bf16", {}).get("enabled", False), train.precision == "bf16"),
             "fp16.enabled": (settings.get("fp16", {}).get("enabled", False), train.precision == "fp16"),
         }
