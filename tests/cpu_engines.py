@@ -9,6 +9,8 @@ import os
 import runpy
 import sys
 
+from launch.world import engine_asked_for
+
 
 def use_gloo() -> None:
     """Patch this process, before any accelerate state exists."""
@@ -16,8 +18,7 @@ def use_gloo() -> None:
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
-    is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    kind = DistributedType.MULTI_CPU if is_deepspeed else DistributedType.MULTI_GPU
+    kind = DistributedType.MULTI_CPU if engine_asked_for() == "DEEPSPEED" else DistributedType.MULTI_GPU
 
     def prepare_backend(*_: object) -> tuple[str, DistributedType]:
         return "gloo", kind
