@@ -22,4 +22,4 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     # Once per machine: a file may be missing on one of them only.
-    sys.exit(errors.exit_code(main, sys.argv[1:], speaks=os.environ.get("LOCAL_RANK", "0") == "0"))
+    errors.end_process(main, sys.argv[1:], speaks=os.environ.get("LOCAL_RANK", "0") == "0")

@@ -4,9 +4,12 @@
 75 preempted and saved (EX_TEMPFAIL of sysexits.h: every launch target maps it to "run again").
 """
 
+import atexit
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 EXIT_DONE = 0
 EXIT_CRASH = 1
@@ -44,3 +47,20 @@ def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], 
     if speaks:
         print("\n".join(f"nestling: {line}" for line in message.splitlines()), file=sys.stderr, flush=True)
     return code
+
+
+def end_process(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], speaks: bool = True) -> NoReturn:
+    """Run `main(argv)` as `exit_code` does, then end this process without taking the interpreter down.
+
+    For processes of a group: threads of gloo and NCCL may ask for the interpreter's lock while it is being taken down,
+    which turns the end of a finished process into a hang or into std::terminate (seen as exit code -6).
+    """
+    try:
+        code = exit_code(main, argv, speaks)
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_CRASH
+    atexit._run_exitfuncs()  # pyright: ignore[reportAttributeAccessIssue]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

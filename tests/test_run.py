@@ -21,6 +21,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": str(ROOT),
     "PYTHONUNBUFFERED": "1",
+    "PYTHONFAULTHANDLER": "1",  # where a process that aborts was
 }
 
 
