@@ -27,9 +27,11 @@ PROGRAMS = {
     "verify": ("trainer.export.verify", "onnxruntime", "", "check a bundle without torch"),
     "report": ("trainer.report", "jinja2", "train", "write one HTML page about a run"),
 }
+SUPERVISE = "nestling supervise accelerate launch [...] train.py RUN.yaml [section.key=value ...]"
 EPILOG = """\
 training:
   accelerate launch --config_file configs/accelerate/cpu.yaml train.py RUN.yaml [section.key=value ...]
+  the same after `nestling supervise` is started again after a crash, and ends with these exit codes
 
 exit codes:
   0 done, 1 crash, 2 user error (one line each), 3 a check failed, 75 preempted and saved
@@ -47,6 +49,10 @@ def _main(argv: Sequence[str]) -> int:
         count = len(verb.split())
         if words[:count] == verb.split():
             _become(verb, words[count:])
+    if words[:1] == ["supervise"] and not {"-h", "--help"}.intersection(words[1:2]):
+        from launch.supervise import supervise
+
+        return supervise(words[1:])
     return _own(words)
 
 
@@ -94,6 +100,7 @@ def _own(words: Sequence[str]) -> int:
     data.add_argument("kind", choices=["docstrings"])
     for verb in ("export", "verify", "report"):
         verbs.add_parser(verb, help=PROGRAMS[verb][3])
+    verbs.add_parser("supervise", help="start a run, and again after a crash", usage=SUPERVISE)
     if words and not words[0].startswith("-") and words[0] not in verbs.choices:
         _unknown(words[0], list(verbs.choices))
     arguments = parser.parse_args(words)

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 EXIT_DONE = 0
@@ -16,10 +17,18 @@ EXIT_CRASH = 1
 EXIT_USER = 2
 EXIT_CHECK = 3
 EXIT_PREEMPTED = 75
+EXIT_CODES = "NESTLING_EXIT_CODES"  # names the folder where `nestling supervise` reads its workers' codes
 
 
 class UserError(Exception):
-    """Something the user can mend. Each line of the message says what, what was got, what is allowed."""
+    """Something the user can mend. Each line of the message says what, what was got, what is allowed.
+
+    `alone` says that it happened to this process only: the others of its run cannot say it.
+    """
+
+    def __init__(self, message: str, alone: bool = False) -> None:
+        super().__init__(message)
+        self.alone = alone
 
 
 class CheckFailed(Exception):
@@ -36,7 +45,7 @@ def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], 
         sys.stdout.flush()
         return code
     except UserError as error:
-        code, message = EXIT_USER, str(error)
+        code, message, speaks = EXIT_USER, str(error), speaks or error.alone
     except CheckFailed as error:
         code, message = EXIT_CHECK, str(error)
     except BrokenPipeError:  # the reader of a pipe, for example `head`, has left
@@ -63,4 +72,6 @@ def end_process(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     atexit._run_exitfuncs()  # pyright: ignore[reportAttributeAccessIssue]
     sys.stdout.flush()
     sys.stderr.flush()
+    if folder := os.environ.get(EXIT_CODES):
+        Path(folder, os.environ.get("RANK", "0")).write_text(str(code))
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Every collective of the step: one all-gather, one reduce-scatter of embeddings, one 1-element reduction.
+"""Every collective of the step: one all-gather, one reduce-scatter of embeddings, two 1-element reductions.
 
 All ranks must call each of them, in the same order. With one process nothing is sent.
 """
@@ -18,20 +18,16 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def gather_embeddings(local: Tensor, flag: bool) -> tuple[Tensor, bool]:
-    """Embeddings of all ranks [world_size * texts, width], rank by rank, and whether any set `flag`.
+def gather_embeddings(local: Tensor) -> Tensor:
+    """Embeddings of all ranks [world_size * texts, width], rank by rank.
 
-    All ranks must call, with equal shapes. The flag travels in one extra line, so it costs no collective.
+    All ranks must call, with equal shapes [texts, width].
     """
-    size = world_size()
-    if size == 1:
-        return local, flag
-    lines, width = local.shape
-    sent = torch.cat([local, local.new_full((1, width), float(flag))])
-    received = local.new_empty(size * (lines + 1), width)
-    dist.all_gather_single(received, sent)
-    by_rank = received.view(size, lines + 1, width)
-    return by_rank[:, :lines].reshape(size * lines, width), bool(by_rank[:, lines, 0].any())
+    if (size := world_size()) == 1:
+        return local
+    received = local.new_empty(size * len(local), local.shape[1])
+    dist.all_gather_single(received, local.contiguous())
+    return received
 
 
 def scatter_gradient(gradient: Tensor) -> Tensor:

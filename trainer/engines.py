@@ -17,12 +17,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 Mode = Literal["fast", "lean"]
+# Up to where one rank alone may leave a step, because no collective of the engine has others waiting for it: in replays
+# that do not synchronise too, in the first pass, or nowhere.
+Leaves = Literal["replays", "first pass", "nowhere"]
 
 
 class Engine(Protocol):
     """What a step asks of an engine."""
 
     mode: Mode  # lean engines keep no graphs: under ZeRO-3 their gradient would be silently wrong (0.3 of it)
+    leaves: Leaves
 
     def forward(self, features: dict[str, Any], synchronise: bool) -> Tensor:
         """Embeddings [texts, width]. With `synchronise` the next backward reduces the gradients of all ranks:
@@ -65,6 +69,7 @@ class Single:
     """One process: nothing to synchronise."""
 
     mode: Mode = "fast"
+    leaves: Leaves = "replays"
 
     def __init__(self, model: nn.Module, backward: Callable[[Tensor], None] = _call_backward) -> None:
         self._model = model
@@ -91,6 +96,7 @@ class DDP:
     """
 
     mode: Mode = "fast"
+    leaves: Leaves = "replays"
 
     def __init__(self, model: DistributedDataParallel, backward: Callable[[Tensor], None] = _call_backward) -> None:
         self._model = model
@@ -122,6 +128,8 @@ class FSDP2:
     one reduction of each group a step. Lean: the flags stay as they are, so that every forward and backward gathers
     and every backward reduces into the shards.
     """
+
+    leaves: Leaves = "nowhere"
 
     def __init__(self, model: Any, backward: Callable[[Tensor], None] = _call_backward, mode: Mode = "fast") -> None:
         self._model, self._call_backward = model, backward
@@ -168,6 +176,8 @@ class ZeRO:
     def __init__(self, model: Any, mode: Mode = "fast") -> None:
         self._model = model
         self.mode: Mode = mode if hasattr(model.optimizer, "_coalesce_grad_reduction") else "lean"
+        # Stage 3 gathers the parameters of each layer in its forward.
+        self.leaves: Leaves = "nowhere" if model.zero_optimization_stage() == 3 else "first pass"
         self._coalescing: AbstractContextManager[None] | None = None
         self._is_last = self._has_begun = False
 

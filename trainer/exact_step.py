@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
@@ -20,19 +19,19 @@ from launch.config import PlainSource, RunConfig, Source
 from launch.errors import UserError
 from launch.world import World
 from trainer import collectives, flops
-from trainer.batching import OVERHEAD_TOKENS, Plan, make_plan
+from trainer.batching import OVERHEAD_TOKENS, make_plan
 from trainer.data import data_order, text_columns
-from trainer.engines import Engine, Mode, engine_of
-from trainer.gradcache import OUT_OF_MEMORY, GradCache, StepAbandoned
+from trainer.engines import Mode, engine_of
+from trainer.gradcache import OUT_OF_MEMORY, GradCache, Outcome, StepAbandoned
 from trainer.known import KnownPositives, known_positives
 from trainer.loader import Batch, BatchFeatures, Steps
+from trainer.memory import GraphMemory, MemoryRanOut, fitting_tokens, free_bytes, halved, largest_micro_batch, say
 from trainer.model import max_length_of
 from trainer.objective import objective_of
 from trainer.sampler import DataOrder
 from trainer.step_sums import StepSums
 from trainer.tokens import Padder, TokenCache, role_of, token_cache
 
-_GIB = 1 << 30
 _ROWS_NAMED = 5  # in a message: enough to find what is wrong with them
 _ROWS_AT_ONCE = 1 << 20  # read of the cache: a few MB
 
@@ -148,15 +147,12 @@ class ExactStep:
             separate_roles=self._apart,
             scoring=self._objective.scoring,
         )
-        plan = partial(self._plan, micro_batch_tokens=config.train.micro_batch_tokens)
-        self.steps = Steps(data.cache, data.order, plan, data.known)
+        self.steps = Steps(data.cache, data.order, self._plan, config.train.micro_batch_tokens, data.known)
         self._held_out = held_out
         self._held_out_loss: dict[str, float] = {}
         self._step: GradCache | None = None
         self._world, self._warned = world, False
-        memory = config.train.graph_memory
-        self._graph_budget = None if memory == "auto" else memory * _GIB  # bytes; None = not measured yet
-        self._graph_bytes = 0.0  # of a kept graph, per padded token
+        self._graphs = GraphMemory(config.train.graph_memory, world.local_world_size)
         self._ended = time.perf_counter()
         self._log = StepSums(flops.of_training(model), self._padder.flat)
 
@@ -166,33 +162,91 @@ class ExactStep:
         All ranks must call. `model` is the prepared model, wrapped or not. Raises StepAbandoned on all ranks alike.
         """
         started = time.perf_counter()
-        self._warn_of_nothing_to_learn(batch)
         device = next(model.parameters()).device
-        features = BatchFeatures(self._data.cache, self._padder, batch.rows, device, self._apart)
         if self._step is None:
-            engine = engine_of(model, backward, self._mode(device))
-            self._step = GradCache(engine, self._objective, self._config.train.seed, stop_asked=self._stop_asked)
-            self._graph_bytes = self._measure(engine, batch.plan, features, device)
-            self._log.peak = flops.device_peak(device, self._config.train.precision)
-        elif self._graph_budget is None:
-            self._graph_budget = self._share_of_memory(device)
-        kept = self._kept(batch.plan)
-        try:
-            outcome = dataclasses.replace(self._step, kept=kept).step(batch.plan, features, batch.step)
-        except BaseException as error:
-            self._step.engine.abandon()
-            if not isinstance(error, StepAbandoned) or error.reason != OUT_OF_MEMORY:
-                raise
-            outcome = None
-        if outcome is None:  # outside of the handler: its traceback holds the graphs
-            kept, self._graph_budget = 0, 0.0
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            _say(f"step {batch.step + 1}: out of memory with kept graphs; none is kept from here on")
-            outcome = dataclasses.replace(self._step, kept=0).step(batch.plan, features, batch.step)
+            self._begin(model, batch, backward, device)
+        else:
+            self._graphs.after_a_step(device)
+        batch = self.steps.with_this_budget(batch)
+        self._warn_of_nothing_to_learn(batch)
+        outcome = None
+        while outcome is None:
+            kept = self._graphs.kept(batch.plan)
+            outcome = self._attempt(batch, kept, device)
+            if outcome is None:  # outside of the handler, whose traceback holds the graphs
+                batch = self._with_less_memory(batch, kept, device)
         self._log.add(batch, kept, outcome.loss_by_dim, outcome.seconds, started - self._ended)
         self._ended = time.perf_counter()
         return outcome.loss
+
+    def _begin(self, model: nn.Module, batch: Batch, backward: Callable[[Tensor], None], device: torch.device) -> None:
+        """Before the first step. All ranks must call."""
+        engine = engine_of(model, backward, self._mode(device))
+        self._step = GradCache(engine, self._objective, self._config.train.seed, stop_asked=self._stop_asked)
+        self._log.peak = flops.device_peak(device, self._config.train.precision)
+        if device.type == "cuda" and engine.leaves != "nowhere":  # a CPU's memory ends by the process being killed
+            self.find_budget(device)
+        plan = self.steps.with_this_budget(batch).plan
+        texts = plan.micro_batches(collectives.rank())[0]
+        self._graphs.measure(engine, self._model, self._features(batch, device)(texts))
+
+    def find_budget(self, device: torch.device) -> None:
+        """Halve the budget of micro-batches until the longest texts fit, both passes and what the optimiser will hold.
+
+        All ranks must call. Raises UserError where one text does not fit.
+        """
+        cache = self._data.cache
+        row, column, length = cache.longest_text()
+        features = BatchFeatures(cache, self._padder, np.array([row]), device, self._apart)
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+
+        def trial(tokens: int) -> None:
+            texts = np.full(max(1, tokens // length), column)
+            moments = [torch.empty_like(p) for p in trained for _ in range(2)]
+            with torch.no_grad():
+                self._model(features(texts))
+            embeddings = self._model(features(texts))["sentence_embedding"]
+            torch.autograd.grad(embeddings.sum(), trained, allow_unused=True)  # calls no hook of an engine
+            del moments
+
+        asked = self.steps.micro_batch_tokens
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+            self.steps.micro_batch_tokens = fitting_tokens(trial, asked, length, device)
+        if self.steps.micro_batch_tokens < asked:
+            say(f"micro-batches: {asked:,} tokens do not fit, {self.steps.micro_batch_tokens:,} do")
+
+    def _features(self, batch: Batch, device: torch.device) -> BatchFeatures:
+        return BatchFeatures(self._data.cache, self._padder, batch.rows, device, self._apart)
+
+    def _attempt(self, batch: Batch, kept: int, device: torch.device) -> Outcome | None:
+        """The step, or None on all ranks where memory ran out in one of them and nothing is lost by that."""
+        assert self._step is not None
+        engine = self._step.engine
+        try:
+            step = dataclasses.replace(self._step, kept=kept)
+            return step.step(batch.plan, self._features(batch, device), batch.step)
+        except BaseException as error:
+            engine.abandon()
+            if isinstance(error, torch.OutOfMemoryError):
+                half = halved(largest_micro_batch(batch.plan), self._data.cache.longest_text()[2])
+                raise MemoryRanOut(batch.step + 1, half) from error
+            if not isinstance(error, StepAbandoned) or error.reason != OUT_OF_MEMORY:
+                raise
+            return None
+
+    def _with_less_memory(self, batch: Batch, kept: int, device: torch.device) -> Batch:
+        """The batch for another attempt, without kept graphs or with smaller micro-batches. All ranks must call."""
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if kept:
+            self._graphs.keep_none()
+            say(f"step {batch.step + 1}: out of memory with kept graphs; none is kept from here on")
+            return batch
+        largest = largest_micro_batch(batch.plan)
+        self.steps.micro_batch_tokens = halved(largest, self._data.cache.longest_text()[2])
+        tokens = f"{self.steps.micro_batch_tokens:,}"
+        say(f"step {batch.step + 1}: out of memory with micro-batches of {largest:,} tokens; {tokens} from here on")
+        return self.steps.with_this_budget(batch)
 
     def metrics(self) -> dict[str, float]:
         """Means since the last call, for the log; losses by dim are means over ranks. All ranks must call."""
@@ -206,8 +260,7 @@ class ExactStep:
         """
         assert self._held_out is not None and self._config.evaluate is not None and self._step is not None
         data, device = self._held_out, next(self._model.parameters()).device
-        plan = partial(self._plan, micro_batch_tokens=self._config.evaluate.batch_tokens)
-        steps = Steps(data.cache, data.order, plan, data.known)
+        steps = Steps(data.cache, data.order, self._plan, self._config.evaluate.batch_tokens, data.known)
         step = dataclasses.replace(self._step, stop_asked=bool)
         sums = torch.zeros(1 + len(self._objective.dims), dtype=torch.float64, device=device)
         self._model.eval()
@@ -268,61 +321,3 @@ class ExactStep:
         needed = 8 * sum(getattr(p, "ds_numel", p.numel()) for p in self._model.parameters())  # fp32, two of them
         fits = needed < free_bytes(device, self._world.local_world_size) / 2
         return "lean" if collectives.highest(int(not fits), device) else "fast"
-
-    def _measure(self, engine: Engine, plan: Plan, features: BatchFeatures, device: torch.device) -> float:
-        """Bytes that a kept graph holds per padded token: the longest micro-batch, the largest over ranks."""
-        if not self._config.train.graph_memory or engine.mode == "lean":
-            return 0.0
-        texts = plan.micro_batches(collectives.rank())[0]
-        inputs = features(texts)
-        parameters = {p.untyped_storage().data_ptr() for p in self._model.parameters()}
-        held: dict[int, int] = {}
-
-        def pack(saved: Tensor) -> Tensor:
-            storage = saved.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                held[storage.data_ptr()] = storage.nbytes()
-            return saved
-
-        keep: list[Tensor] = []  # what is saved must live on, or another tensor would get its address
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (keep.append(t), pack(t))[1], lambda t: t)
-            with hooks:
-                engine.forward(inputs, synchronise=False)
-        per_token = sum(held.values()) / inputs["input_ids"].numel()
-        if collectives.world_size() > 1:
-            largest = torch.tensor([per_token], dtype=torch.float64, device=device)
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-            per_token = largest.item()
-        return per_token
-
-    def _share_of_memory(self, device: torch.device) -> float:
-        """Bytes for kept graphs with `auto`: the least over ranks, after a whole step. All ranks must call."""
-        free = torch.tensor([free_bytes(device, self._world.local_world_size)], dtype=torch.float64, device=device)
-        if collectives.world_size() > 1:
-            dist.all_reduce(free, dist.ReduceOp.MIN)
-        _say(f"graph memory: {free.item() / _GIB:.3g} GiB a process for kept graphs (train.graph_memory=auto)")
-        return free.item()
-
-    def _kept(self, plan: Plan) -> int:
-        """Leading micro-batches whose graphs fit into the memory given; the same number on all ranks."""
-        if not self._graph_bytes or not self._graph_budget:
-            return 0
-        longest = np.maximum.reduceat(plan.lengths.max(0), plan.cuts[:-1])
-        held = np.cumsum(longest * np.diff(plan.cuts)) * self._graph_bytes
-        return int(np.searchsorted(held, self._graph_budget, side="right"))
-
-
-def free_bytes(device: torch.device, processes: int) -> float:
-    """Bytes that may go to kept graphs: on a GPU nine tenths of what a step leaves free, on a CPU half of what the
-    machine has left, shared by its `processes`."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
-        return max(0.0, 0.9 * (torch.cuda.mem_get_info(device)[0] + unused))
-    return 0.5 * psutil.virtual_memory().available / processes
-
-
-def _say(line: str) -> None:
-    """Print on rank 0."""
-    if collectives.rank() == 0:
-        print(line, flush=True)

@@ -13,17 +13,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from launch.errors import UserError
 from trainer import collectives
 from trainer.batching import Plan
 from trainer.engines import Engine
 from trainer.infonce import Loss, Objective, infonce
 
+_T = TypeVar("_T")
 _STOP, _NON_FINITE, _FULL = 1, 2, 3
 OUT_OF_MEMORY = "out of memory"
 _REASONS = {_STOP: "stop asked", _NON_FINITE: "non-finite loss", _FULL: OUT_OF_MEMORY}
@@ -64,9 +66,9 @@ class GradCache:
     def step(self, plan: Plan, features: Callable[[np.ndarray], dict[str, Any]], step: int) -> Outcome:
         """Add the gradient of one global batch to the parameters. All ranks must call, with the same plan.
 
-        Raises StepAbandoned on all ranks if one of them is asked to stop or has a loss that is not finite;
-        gradients are then left half done. So it does where kept graphs do not fit in one of them, and then nothing
-        is done yet.
+        Raises StepAbandoned on all ranks if one of them is asked to stop, has a loss that is not finite or is out of
+        memory where the engine lets it leave; gradients are then left half done. Out of memory elsewhere raises
+        torch.OutOfMemoryError on that rank alone, and the others wait for it.
         """
         rank = collectives.rank()
         micro_batches = plan.micro_batches(rank)
@@ -78,7 +80,11 @@ class GradCache:
                 return self.engine.forward(features(micro_batches[index]), synchronise)
 
         # 1. Embed.
-        embeddings, kept = self._embed_all(embed, plan)
+        embedded = _attempt(lambda: self._embed_all(embed, plan), self.engine.leaves != "nowhere")
+        self._agree(_FULL if embedded is None else 0)
+        assert embedded is not None
+        embeddings, kept = embedded
+        del embedded
         clock.append(time.perf_counter())
 
         # 2. Loss and its gradient at the embeddings.
@@ -91,11 +97,17 @@ class GradCache:
         clock.append(time.perf_counter())
 
         # 3. Replay.
-        for index, gradient in enumerate(cached.split(np.diff(plan.cuts).tolist())):
-            if index == last:
-                self._agree_to_finish(value, plan.texts[rank], is_finite)
+        gradients = cached.split(np.diff(plan.cuts).tolist())
+
+        def replay(index: int) -> None:
             output = kept.pop(index) if index in kept else embed(index, True, synchronise=index == last)
-            self.engine.backward(torch.dot(output.flatten().to(gradient.dtype), gradient.flatten()))
+            self.engine.backward(torch.dot(output.flatten().to(cached.dtype), gradients[index].flatten()))
+
+        replayed = _attempt(lambda: [replay(index) for index in range(last)], self.engine.leaves == "replays")
+        code = _FULL if replayed is None else 0 if value.isfinite() else _NON_FINITE
+        self._agree(code, plan.texts[rank][~is_finite.cpu().numpy()])
+        if _attempt(lambda: [replay(last)], collectives.world_size() == 1) is None:
+            raise StepAbandoned(_FULL)
         self.engine.finish()
         clock.append(time.perf_counter())
         return Outcome(value, by_dim, dict(zip(("embed", "loss", "replay"), np.diff(clock).tolist(), strict=True)))
@@ -107,37 +119,34 @@ class GradCache:
         """
         last = len(plan.cuts) - 2
         keeps = min(self.kept, last) if self.engine.mode == "fast" else 0
-        embeddings, kept, is_full = None, {}, False
-        try:
-            for index, (first, end) in enumerate(itertools.pairwise(plan.cuts.tolist())):
-                output = embed(index, index < keeps or last == 0, last == 0)
-                if embeddings is None:
-                    embeddings = output.new_empty(len(plan.is_anchor), output.shape[1])
-                # A copy, so that outputs and their concatenation are not held at once.
-                embeddings[first:end] = output.detach()
-                if output.requires_grad:
-                    kept[index] = output
-        except torch.OutOfMemoryError:
-            if not keeps:
-                raise
-            kept.clear()
-            is_full = True
-        if keeps and collectives.highest(_FULL if is_full else 0, _device()):
-            raise StepAbandoned(_FULL)
+        embeddings, kept = None, {}
+        for index, (first, end) in enumerate(itertools.pairwise(plan.cuts.tolist())):
+            output = embed(index, index < keeps or last == 0, last == 0)
+            if embeddings is None:
+                embeddings = output.new_empty(len(plan.is_anchor), output.shape[1])
+            # A copy, so that outputs and their concatenation are not held at once.
+            embeddings[first:end] = output.detach()
+            if output.requires_grad:
+                kept[index] = output
         assert embeddings is not None
         return embeddings, kept
 
     def _loss(self, embeddings: Tensor, is_anchor: Tensor, plan: Plan) -> Loss:
         """One gather: of the candidates, or of all texts where rows need the anchors of all ranks."""
         sent = embeddings if plan.by_row else embeddings[~is_anchor]
-        candidates, stop = collectives.gather_embeddings(sent, self.stop_asked())
-        if stop:
-            raise StepAbandoned(_STOP)
+        candidates = collectives.gather_embeddings(sent)
         anchors = embeddings[is_anchor]
         if plan.by_row:
             of_all = is_anchor.repeat(plan.world_size)
             anchors, candidates = candidates[of_all], candidates[~of_all]
-        return infonce(anchors, candidates, plan.targets(collectives.rank()), self.objective)
+        try:
+            return infonce(anchors, candidates, plan.targets(collectives.rank()), self.objective)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"train.global_batch_size: out of memory where {len(anchors):,} anchors are scored against "
+                f"{len(candidates):,} candidates of the batch; allowed: a smaller batch, or more processes",
+                alone=True,
+            ) from None
 
     def _gradient_at_home(self, loss: Loss, is_anchor: Tensor, plan: Plan) -> Tensor:
         """Gradient at this rank's embeddings [slots, width], in the order of slots. One scatter."""
@@ -146,10 +155,10 @@ class GradCache:
             return collectives.scatter_gradient(_merged(is_anchor.repeat(plan.world_size), anchors, candidates))
         return _merged(is_anchor, anchors, collectives.scatter_gradient(candidates))
 
-    def _agree_to_finish(self, loss: Tensor, texts: np.ndarray, is_finite: Tensor) -> None:
-        code = _NON_FINITE if not loss.isfinite() else _STOP if self.stop_asked() else 0
-        if code := collectives.highest(code, loss.device):
-            raise StepAbandoned(code, texts[~is_finite.cpu().numpy()])
+    def _agree(self, code: int, texts: np.ndarray | None = None) -> None:
+        """Leave the step where one rank must. All ranks must call; 4 bytes."""
+        if code := collectives.highest(code or (_STOP if self.stop_asked() else 0), _device()):
+            raise StepAbandoned(code, texts)
 
     @torch.no_grad()
     def loss(self, plan: Plan, features: Callable[[np.ndarray], dict[str, Any]]) -> Loss:
@@ -163,6 +172,16 @@ class GradCache:
 
         embeddings, _ = dataclasses.replace(self, kept=0)._embed_all(embed, plan)
         return self._loss(embeddings, torch.from_numpy(plan.is_anchor).to(embeddings.device), plan)
+
+
+def _attempt(work: Callable[[], _T], may_leave: bool) -> _T | None:
+    """What `work` returns; None where memory runs out and one rank alone `may_leave` what the others do."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        if not may_leave:
+            raise
+        return None
 
 
 def _merged(is_anchor: Tensor, anchors: Tensor, candidates: Tensor) -> Tensor:

@@ -26,17 +26,24 @@ class Batch:
     plan: Plan
     rows: np.ndarray  # int64 [global_batch_size], in the numbering of the token cache
     step: int  # since the run began, the key of this step's randomness
+    micro_batch_tokens: int  # the plan's budget
     seconds: float  # spent on the plan
 
 
 class Steps(Dataset[dict[str, Batch]]):
-    """Plans by (epoch, step); pure in its arguments, so loader workers may make them ahead."""
+    """Plans by (epoch, step); pure in its arguments and its budget, so loader workers may make them ahead."""
 
     def __init__(
-        self, cache: TokenCache, order: DataOrder, plan: Callable[..., Plan], known: KnownPositives | None = None
+        self,
+        cache: TokenCache,
+        order: DataOrder,
+        plan: Callable[..., Plan],
+        micro_batch_tokens: int,
+        known: KnownPositives | None = None,
     ) -> None:
         """`plan` is make_plan with all that is the same for every batch."""
         self._cache, self._order, self._plan, self._known = cache, order, plan, known
+        self.micro_batch_tokens = micro_batch_tokens  # may be lowered: loader workers keep what they began with
 
     def __len__(self) -> int:
         return self._order.steps_per_epoch
@@ -52,10 +59,18 @@ class Steps(Dataset[dict[str, Batch]]):
             self._cache.token_id[rows],
             text_ids,
             self._cache.lengths(rows),
+            micro_batch_tokens=self.micro_batch_tokens,
             known=self._known and self._known.of(text_ids[:, 0]),
         )
         seconds = time.perf_counter() - start
-        return {"batch": Batch(plan, rows, epoch * self._order.steps_per_epoch + step, seconds)}
+        number_of_all = epoch * self._order.steps_per_epoch + step
+        return {"batch": Batch(plan, rows, number_of_all, self.micro_batch_tokens, seconds)}
+
+    def with_this_budget(self, batch: Batch) -> Batch:
+        """The batch, planned again if it was planned with a larger budget than this."""
+        if batch.micro_batch_tokens <= self.micro_batch_tokens:
+            return batch
+        return self[divmod(batch.step, len(self))]["batch"]
 
 
 def step_loader(steps: Steps, workers: int) -> DataLoader[dict[str, Batch]]:

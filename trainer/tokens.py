@@ -29,6 +29,7 @@ from trainer.model import ROLES, Role, max_length_of, prompt_of
 
 FORMAT = 1
 _ROWS_AT_ONCE = 2048  # rows tokenised together: enough for all cores, a few MB of padding
+_TEXTS_AT_ONCE = 1 << 20  # whose lengths are read
 _FILES: dict[str, type[np.generic]] = {
     "ids": np.int32,
     "offsets": np.int64,
@@ -66,6 +67,13 @@ class TokenCache:
         """Token counts, int64 [len(rows), columns]."""
         first = rows[:, None] * len(self.columns) + np.arange(len(self.columns))
         return self.offsets[first + 1] - self.offsets[first]
+
+    def longest_text(self) -> tuple[int, int, int]:
+        """Row, column and token count of a text that no other is longer than. Reads all lengths, a few MB at once."""
+        starts = range(0, len(self.offsets) - 1, _TEXTS_AT_ONCE)
+        lengths = ((start, np.diff(self.offsets[start : start + _TEXTS_AT_ONCE + 1])) for start in starts)
+        length, number = max((int(some.max()), start + int(some.argmax())) for start, some in lengths)
+        return *divmod(number, len(self.columns)), length
 
     def texts(self, numbers: np.ndarray) -> list[np.ndarray]:
         """Token ids of texts by text number, one int32 array each."""

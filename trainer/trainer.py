@@ -35,6 +35,7 @@ from trainer.exact_step import ExactStep
 from trainer.gradcache import StepAbandoned
 from trainer.loader import step_loader
 from trainer.losses import LossByDim
+from trainer.memory import MemoryRanOut
 from trainer.metrics_log import StepLog
 from trainer.model import load_model, prompt_of
 from trainer.tokens import role_of
@@ -123,6 +124,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
                 if error.reason == "stop asked":
                     raise
                 raise self._exact.explain(error, inputs["batch"], self._run_dir) from error
+            except MemoryRanOut as error:
+                raise error.marked(self._run_dir) from error
         for name, mask in inputs.items():
             if name.endswith("attention_mask"):
                 self._tokens += torch.stack([mask.sum(), torch.tensor(mask.numel(), device=mask.device)]).to(
