@@ -13,7 +13,7 @@ export PYTHONUNBUFFERED = 1
 .PHONY: demo test test-all test-slice test-gpu check bench deepspeed clean help
 
 help:
-	@echo "make demo      data, training in 2 processes, evaluation, ONNX bundle, report (about 12 minutes on 2 cores)"
+	@echo "make demo      data, training in 2 processes, evaluation, ONNX bundle, report (7 to 14 minutes on 2 cores)"
 	@echo "make test      the tests (minutes)"
 	@echo "make test-all  the tests and the slow full matrices"
 	@echo "make test-gpu  the tests that need a CUDA device"
