@@ -92,7 +92,7 @@ FULL = Shape(
     repeats=5,
 )
 QUICK = Shape(**_BASE, rows=512, dims=[768, 256, 64], budgets=(8192, 32_768), sizes=(64, 128), repeats=2)
-ON_CPU = Shape(64, 2, 4, None, 48, 48, [64, 32], (512, 1024), (8, 16), 2)
+ON_CPU = Shape(64, 2, 4, None, 32, 16, [64, 32], (128, 256), (4, 8), 1)
 
 
 @dataclass
