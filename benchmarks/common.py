@@ -48,7 +48,7 @@ class Claim:
     """One measured number of the README."""
 
     name: str
-    value: float
+    value: float | None  # None = not known on this machine, which the conditions say
     unit: str
     better: Literal["higher", "lower"]
     rival: str | None
@@ -113,7 +113,8 @@ def finish(claims: Sequence[Claim], args: argparse.Namespace) -> int:
     if args.quick:
         claims = [replace(claim, conditions=f"scaled down (--quick): {claim.conditions}") for claim in claims]
     print()
-    table(["claim", "value", "unit", "conditions"], [[c.name, c.value, c.unit, c.conditions] for c in claims])
+    lines = [[c.name, "not known" if c.value is None else c.value, c.unit, c.conditions] for c in claims]
+    table(["claim", "value", "unit", "conditions"], lines)
     if args.json is not None:
         names = ("torch", "sentence-transformers", "transformers", "numpy")
         versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
@@ -133,6 +134,7 @@ def _machine() -> dict[str, Any]:
         "cpu": model[1] if model else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),
     }
@@ -169,7 +171,9 @@ def minilm(max_length: int) -> "SentenceTransformer":
     return model
 
 
-def tiny_model(folder: Path, width: int, layers: int, max_length: int) -> "SentenceTransformer":
+def tiny_model(
+    folder: Path, width: int, layers: int, max_length: int, heads: int = 4, vocabulary_size: int | None = None
+) -> "SentenceTransformer":
     """A BERT with random weights for the words of `made_texts`, mean pooling, fp32; written to the folder once.
 
     In a process group rank 0 must have called before the others: no other rank writes.
@@ -190,13 +194,14 @@ def tiny_model(folder: Path, width: int, layers: int, max_length: int) -> "Sente
         ends = [("[CLS]", 2), ("[SEP]", 3)]
         words.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
         settings = BertConfig(
-            vocab_size=len(vocabulary),
+            vocab_size=vocabulary_size or len(vocabulary),
             hidden_size=width,
             intermediate_size=4 * width,
             num_hidden_layers=layers,
-            num_attention_heads=4,
+            num_attention_heads=heads,
             max_position_embeddings=max_length,
-            initializer_range=0.2,  # with the usual 0.02 all embeddings would be nearly the same
+            # With the usual 0.02 all embeddings would be nearly the same.
+            initializer_range=0.2 * min(1.0, (64 / width) ** 0.5),
         )
         torch.manual_seed(0)
         BertModel(settings).save_pretrained(folder)

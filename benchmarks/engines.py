@@ -62,7 +62,8 @@ from trainer.gradcache import GradCache
 
 MODES = {"ddp": ["fast"]} | {name: ["fast", "lean"] for name in ("fsdp2", "zero1", "zero2", "zero3")}
 WIDTH, LAYERS, LONGEST = 32, 2, 16  # LONGEST in tokens
-DIMS, COLUMNS, ROWS = [32, 16, 8], 2, 12  # ROWS of each rank
+DIMS, COLUMNS = [32, 16, 8], 2
+ROWS, QUICK_ROWS = 12, 6  # of each rank; half of them make half as many micro-batches
 TOKENS, MINI_BATCHES = (80, 40), (6, 3)  # budgets of our micro-batches; texts of the rival's, which make as many
 BUCKET = 20_000  # elements: one of configs/deepspeed, 50,000,000, would hold the whole model of 60,000
 LIMIT = 400.0  # seconds for processes that one engine needs
@@ -178,7 +179,7 @@ def our_steps(wrapper: Any, model: Any, batch: MadeBatch, mode: str) -> Iterator
         yield len(plan.cuts) - 1, partial(gradcache.step, plan, partial(batch.features, model), 0)
 
 
-def their_steps(wrapper: Any, model: Any, columns: list[Any]) -> Iterator[tuple[int, Callable[[], object]]]:
+def their_steps(wrapper: Any, model: Any, columns: list[Any], rows: int) -> Iterator[tuple[int, Callable[[], object]]]:
     """The same for the rival's unmodified loss of a rank's columns."""
 
     def step(loss: Callable[..., Any]) -> object:
@@ -192,11 +193,14 @@ def their_steps(wrapper: Any, model: Any, columns: list[Any]) -> Iterator[tuple[
     for size in MINI_BATCHES:
         loss, cached = cached_loss(model, DIMS, size, gather=True)
         setattr(cached, "model", wrapper)  # noqa: B010  (what its trainer does after wrapping)
-        yield COLUMNS * -(-ROWS // size), partial(step, loss)
+        yield COLUMNS * -(-rows // size), partial(step, loss)
 
 
-def measure(rank: int, ranks: int, folder: Path, name: str, sides: Sequence[str]) -> list[list[Result]]:
-    """For each side what this rank sends in a step, with few and with many micro-batches. All ranks must call."""
+def measure(rank: int, ranks: int, rows: int, folder: Path, name: str, sides: Sequence[str]) -> list[list[Result]]:
+    """For each side what this rank sends in a step of `rows` rows a rank, with few and with many micro-batches.
+
+    All ranks must call.
+    """
     one_thread()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the all-gather that sentence-transformers calls
     if name.startswith("zero"):
@@ -208,14 +212,14 @@ def measure(rank: int, ranks: int, folder: Path, name: str, sides: Sequence[str]
         tiny_model(folder, WIDTH, LAYERS, LONGEST)
     dist.barrier()
     alone = tiny_model(folder, WIDTH, LAYERS, LONGEST).double()
-    batch = MadeBatch(ROWS * ranks, COLUMNS, LONGEST)
-    cached_loss(alone, DIMS, ROWS)[0](batch.columns(alone), torch.empty(0)).backward()
+    batch = MadeBatch(rows * ranks, COLUMNS, LONGEST)
+    cached_loss(alone, DIMS, rows)[0](batch.columns(alone), torch.empty(0)).backward()
     found = []
     for side in sides:
         found.append(results := [])
         model = tiny_model(folder, WIDTH, LAYERS, LONGEST)
         wrapper = prepared(name, model)
-        theirs = their_steps(wrapper, model, batch.columns(model, rank, ranks))
+        theirs = their_steps(wrapper, model, batch.columns(model, rank, ranks), rows)
         for micro_batches, step in theirs if side == RIVAL else our_steps(wrapper, model, batch, side):
             error = relative_error(gradient_of(wrapper, model, step).double(), gradient(alone))
             if name == "ddp":
@@ -226,10 +230,10 @@ def measure(rank: int, ranks: int, folder: Path, name: str, sides: Sequence[str]
     return found
 
 
-def of_processes(ranks: int, folder: Path, name: str, sides: Sequence[str]) -> list[list[Result]]:
+def of_processes(ranks: int, rows: int, folder: Path, name: str, sides: Sequence[str]) -> list[list[Result]]:
     """Results of new processes, the same on all ranks; a rival that waits for ever or dies is one that raises."""
     try:
-        by_rank: list[list[list[Result]]] = run(measure, ranks, ranks, folder, name, sides, timeout=LIMIT)
+        by_rank: list[list[list[Result]]] = run(measure, ranks, ranks, rows, folder, name, sides, timeout=LIMIT)
         assert by_rank == by_rank[:1] * ranks, f"ranks differ: {by_rank}"
     except AssertionError as error:
         if RIVAL not in sides:
@@ -255,12 +259,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     args = options(__doc__).parse_args(argv)
     one_thread()
-    worlds = (2,) if args.quick else (2, 4)
+    worlds, rows = ((2,), QUICK_ROWS) if args.quick else ((2, 4), ROWS)
     found: dict[tuple[int, str, str], list[Result]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for ranks, (name, modes) in itertools.product(worlds, MODES.items()):
             for sides in (modes, [RIVAL]):  # the rival may hang or die
-                results = of_processes(ranks, Path(folder) / "model", name, sides)
+                results = of_processes(ranks, rows, Path(folder) / "model", name, sides)
                 found |= {(ranks, name, side): of_side for side, of_side in zip(sides, results, strict=True)}
             progress(f"{ranks} ranks, {name}")
     _print(found)
@@ -274,8 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             errors += [result.error for result in results]
     conditions = (
         f"most over {len(errors)} steps: {' and '.join(map(str, worlds))} gloo processes, {', '.join(MODES)}, fast and "
-        f"lean, few and many micro-batches, random BERT in fp32, against {RIVAL} in one process in fp64; its own loss "
-        f"under the same engines: {', '.join(theirs)}"
+        f"lean, {rows} rows a rank in few and many micro-batches, random BERT in fp32, against {RIVAL} in one process "
+        f"in fp64; its own loss under the same engines: {', '.join(theirs)}"
     )
     return finish([Claim("engines.max_gradient_error", max(errors), "relative", "lower", RIVAL, conditions)], args)
 

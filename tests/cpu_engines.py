@@ -31,9 +31,9 @@ def use_gloo() -> None:
     quiet_deepspeed()
 
 
-def quiet_deepspeed() -> None:
-    """DeepSpeed on the CPU, without compiling anything and without its log."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
+def quiet_deepspeed(device: str = "cpu") -> None:
+    """DeepSpeed on this kind of device, without its log, and on a CPU without compiling anything."""
+    os.environ["DS_ACCELERATOR"] = device
     import deepspeed
     from deepspeed.utils import logger
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 CLAIMS = {
     "step": [
@@ -26,6 +27,7 @@ CLAIMS = {
     "huge_batch": ["huge_batch.peak_over_expected", "huge_batch.row_time_ratio"],
     "overhead": ["overhead.kept", "overhead.recompute"],
     "engines": ["engines.max_gradient_error"],
+    "gpu": ["gpu.tokens_per_s", "gpu.mfu", "gpu.speedup", "gpu.peak_over_expected"],
 }
 
 
@@ -40,7 +42,10 @@ def test_quick_form_writes_its_claims(name: str, tmp_path: Path) -> None:
     assert [claim["name"] for claim in written["claims"]] == CLAIMS[name]
     for claim in written["claims"]:
         assert set(claim) == {"name", "value", "unit", "better", "rival", "conditions"}
-        assert math.isfinite(claim["value"]) and claim["value"] > 0, claim
+        if claim["name"] == "gpu.mfu" and not torch.cuda.is_available():
+            assert claim["value"] is None and "MFU is not known; on a CPU, not on a GPU" in claim["conditions"], claim
+        else:
+            assert math.isfinite(claim["value"]) and claim["value"] > 0, claim
         assert claim["better"] in ("higher", "lower") and "--quick" in claim["conditions"], claim
         assert claim["name"] in done.stdout
     if name == "collectives":
@@ -62,3 +67,12 @@ def test_one_case_of_a_step_runs_alone(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.step", "--quick", "--case", "padding", "--json", str(file)]
     subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True)
     assert [claim["name"] for claim in json.loads(file.read_text())["claims"]] == ["step.padded_over_real_max"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device it measures")
+def test_the_full_form_for_a_gpu_says_in_one_line_that_there_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "claims.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--json", str(file)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 2 and not file.exists()
+    assert done.stderr.count("\n") == 1 and "got none with CUDA, allowed: one GPU, or --quick" in done.stderr

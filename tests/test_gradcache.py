@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertModel
 
-from tests.distributed import run
+from tests.distributed import device, run
 from tests.test_infonce import SCORINGS, _by_rows
 from trainer import collectives
 from trainer.batching import Plan, make_plan
@@ -83,11 +83,12 @@ class Batch:
         return make_plan(ids, ids, self.lengths, **sizes, masks=masks, separate_roles=apart, **more)
 
     def features(self, texts: np.ndarray) -> dict[str, Tensor]:
-        """Model inputs of texts by number, padded to the longest."""
+        """Model inputs of texts by number, padded to the longest, on this process's device."""
         tokens = [self.tokens[i] for i in self.ids.ravel()[texts]]
         ids = torch.zeros(len(tokens), max(map(len, tokens)), dtype=torch.int64)
         for line, text in zip(ids, tokens, strict=True):
             line[: len(text)] = torch.from_numpy(text)
+        ids = ids.to(device())
         return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
     def column(self, k: int, rows: slice) -> dict[str, Tensor]:

@@ -35,12 +35,16 @@ def peak(name: str, precision: str) -> float | None:
 def of_training(model: SentenceTransformer) -> tuple[float, float] | None:
     """FLOPs of forward and backward for each token, and for each squared length of a text; None if unknown.
 
-    6 for each trained parameter but embeddings, and 12 * layers * width for attention (Kaplan et al., 2020).
+    6 for each trained parameter but embeddings, and 12 * layers * width for attention (Kaplan et al., 2020), whose
+    width is heads * head_dim where the config has one (Qwen3-Embedding-0.6B: twice its hidden size). What a causal mask
+    hides counts too.
     """
     config = getattr(getattr(model[0], "auto_model", None), "config", None)
     layers, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
     if layers is None or width is None:
         return None
+    if head := getattr(config, "head_dim", None):
+        width = head * getattr(config, "num_attention_heads", width // head)
     tables = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p not in tables)
     return 6.0 * trained, 12.0 * layers * width
