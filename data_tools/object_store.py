@@ -18,7 +18,8 @@ from typing import Any
 from data_tools.shards import MANIFEST, read_manifest
 from launch.errors import UserError
 from launch.files import exclusive, fsync_path, sha256_of
-from launch.preflight import SUFFIXES, require_extra
+from launch.preflight import require_extra
+from launch.rows import SUFFIXES
 
 _AT_ONCE = 8  # files that travel at the same time
 _TRIES = 3  # of one file, each with the requests' own retries

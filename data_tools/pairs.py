@@ -136,15 +136,14 @@ def _last_name(node: ast.expr) -> str:
 
 
 def _is_trivial(statement: ast.stmt) -> bool:
-    if isinstance(statement, ast.Raise) and statement.exc is not None:
-        error = statement.exc.func if isinstance(statement.exc, ast.Call) else statement.exc
-        return _last_name(error) == "NotImplementedError"
-    if isinstance(statement, ast.Return):
-        value = statement.value
-        return value is None or isinstance(value, ast.Constant) or _last_name(value) in ("NotImplemented", "self")
-    return isinstance(statement, ast.Pass) or (
-        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-    )
+    match statement:
+        case ast.Raise(exc=ast.Call(func=error)) | ast.Raise(exc=ast.expr() as error):
+            return _last_name(error) == "NotImplementedError"
+        case ast.Pass() | ast.Expr(value=ast.Constant()) | ast.Return(value=None | ast.Constant()):
+            return True
+        case ast.Return(value=ast.expr() as value):
+            return _last_name(value) in ("NotImplemented", "self")
+    return False
 
 
 def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str | None:

@@ -36,6 +36,8 @@ WORDS = {word: value for value, words in {
     True: ("true", "True", "TRUE"),
     False: ("false", "False", "FALSE"),
 }.items() for word in words}  # fmt: skip
+# Texts that are written without quotes, unless they would be read as a number or a word.
+_PLAIN = re.compile(r"\.{0,2}/?[A-Za-z][A-Za-z0-9_./+-]*")
 
 DEEPEST = 20
 
@@ -156,7 +158,7 @@ def dump_yaml(values: dict[str, Any]) -> str:
 
 def _block(values: dict[str, Any], indent: str) -> Iterator[str]:
     for key, value in values.items():
-        name = f"{indent}{_scalar(key)}:"
+        name = f"{indent}{inline(key)}:"
         if isinstance(value, dict) and value:
             yield name
             yield from _block(value, indent + "  ")
@@ -167,21 +169,12 @@ def _block(values: dict[str, Any], indent: str) -> Iterator[str]:
                 yield f"{indent}  - {first.strip()}"
                 yield from rest
         else:
-            yield f"{name} {_flow(value)}"
+            yield f"{name} {inline(value)}"
 
 
-def _flow(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_scalar(key)}: {_flow(inner)}" for key, inner in value.items()) + "}"
-    return "[" + ", ".join(map(_flow, value)) + "]" if isinstance(value, list) else _scalar(value)
-
-
-def _scalar(value: Any) -> str:
-    """One scalar: plain where that is read back as the same value, else in double quotes with escapes."""
-    if not isinstance(value, str):
-        return json.dumps(value)
-    number_or_word = value in WORDS or INTEGER.fullmatch(value) or FLOAT.fullmatch(value)
-    if re.fullmatch(r"\.{0,2}/?[A-Za-z][A-Za-z0-9_./+-]*", value) and not number_or_word:
+def inline(value: Any) -> str:
+    """A value in one line: JSON, which is YAML, or a plain text where that is read back as the same text."""
+    if isinstance(value, str) and _PLAIN.fullmatch(value) and value == _plain(value):
         return value
     return re.sub(
         r"[^ -~\n]",
