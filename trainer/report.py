@@ -8,14 +8,13 @@ font, no image, and a policy in its head forbids the browser to fetch any. A mis
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.errors import UserError, exit_code
-from launch.files import fsync_path
+from launch.files import write_text
 from trainer.charts import Series, chart
 from trainer.evaluation import MAIN_METRIC, format_p, rows_by_dim
 
@@ -53,26 +52,17 @@ def write_report(run_dir: Path) -> Path:
     found, notes = _read(run_dir)
     if not found:
         raise UserError(f"report: {run_dir} holds none of {', '.join(_INPUTS)}; give a run's folder: runs/demo")
-    folder = Path(__file__).parent
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined
     )
-    environment.filters |= {
-        "p": format_p,
-        "words": _words,
-        "duration": _duration,
-        "pretty": _pretty,
-        "moment": _moment,
-    }
-    page = environment.get_template("report.html.jinja").render(_view(run_dir, found, notes))
-    target, partial = run_dir / PAGE, run_dir / f".{PAGE}.partial"
+    environment.filters |= {"p": format_p, "words": _words, "duration": _duration, "pretty": _pretty, "moment": _moment}
+    environment.filters["thousands"] = "{:,}".format
+    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
+    page = template.render(_view(run_dir, found, notes))
+    target = run_dir / PAGE
     try:
-        # Half of a surrogate pair can reach a text through JSON; UTF-8 cannot hold it.
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        fsync_path(partial)
-        os.replace(partial, target)
+        write_text(target, page)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"report: cannot write {target}: {error.strerror}") from error
     return target
 
@@ -123,12 +113,15 @@ def _view(run_dir: Path, found: dict[str, Any], notes: list[str]) -> dict[str, A
         "name": run_dir.resolve().name,
         "run": run,
         "notes": notes,
-        "summary": [*_training_words(run, steps), *_quality_words(evaluation, rows)],
+        "evaluation": evaluation,
+        "verdict": _verdict(rows[0]) if rows else None,
+        "trade": _good_trade(rows) if rows else None,
+        "percent": f"{100 * _KEEPS:.0f} %",
+        "few_queries": _FEW_QUERIES,
         "metric": _LABEL,
         "rows": rows,
         "quality": _quality_chart(rows),
         "metrics": _all_metrics(evaluation),
-        "results": evaluation.get("results", []),
         "curves": _curves(steps),
         "steps": steps,
         "queries": found.get("evaluation_queries.json"),
@@ -136,74 +129,24 @@ def _view(run_dir: Path, found: dict[str, Any], notes: list[str]) -> dict[str, A
     }
 
 
-def _training_words(run: dict[str, Any], steps: list[dict[str, Any]]) -> list[str]:
-    if not run:
-        return []
-    config = run.get("config", {})
-    data = run.get("data") or []
-    pairs = sum(source.get("rows") or 0 for source in data)
-    names = ", ".join(str(source.get("name")) for source in data)
-    batch = config.get("train", {}).get("global_batch_size")
-    done = run.get("steps") or (steps[-1]["step"] if steps else None)
-    model = config.get("model", {}).get("path", "The model")
-    sentence = f"{model} was fine-tuned on {pairs:,} rows of {names or 'unnamed data'}"
-    if done and batch:
-        sentence += f", in {done:,} steps of {batch:,} rows"
-    if run.get("seconds", {}).get("train"):
-        sentence += f" that took {_duration(run['seconds']['train'])}"
-    words = [f"{sentence}."]
-    if not run.get("finished"):
-        words.append("The run has not finished: this page shows what there is so far.")
-    return words
-
-
-def _quality_words(evaluation: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    """Better or not, by how much, how surely, and which dim is a good trade."""
-    if not rows:
-        return []
-    full = rows[0]
-    any_result = evaluation["results"][0]
-    setting = f"over {any_result['queries']:,} held-out queries and {any_result['documents']:,} passages"
+def _verdict(full: dict[str, Any]) -> str | None:
+    """Whether the tuned model is better at full width; None where there is nothing to compare."""
     if full["difference"] is None:
-        one = full["tuned"] or full["base"]
-        return [f"{_LABEL} at {full['dim']} dims is {one['value']:.3f} {setting}; there is nothing to compare."]
+        return None
     low, high = full["ci95"]
     sure = full["p_holm"] < 0.05
     if sure and low > 0:
-        verdict = "The tuned model is better, and chance does not explain it"
-    elif sure and high < 0:
-        verdict = "The tuned model is worse than the base model, and chance does not explain it"
-    else:
-        verdict = "The evaluation does not tell the two models apart"
-    words = [
-        f"{verdict}: {_LABEL} at {full['dim']} dims went from {full['base']['value']:.3f} to "
-        f"{full['tuned']['value']:.3f} ({full['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, "
-        f"p {_p_words(full['p_holm'])}) {setting}."
-    ]
-    if any_result["queries"] < _FEW_QUERIES:
-        words.append(f"{any_result['queries']} queries are few: take the figures as a hint.")
-    if len(rows) > 1:
-        words.append(_trade_words(rows))
-    return words
+        return "The tuned model is better, and chance does not explain it"
+    if sure and high < 0:
+        return "The tuned model is worse than the base model, and chance does not explain it"
+    return "The evaluation does not tell the two models apart"
 
 
-def _trade_words(rows: list[dict[str, Any]]) -> str:
-    full = rows[0]["tuned"]["value"]
-    good = [
-        row for row in rows[1:] if row["tradeoff"] and full > 0 and full + row["tradeoff"]["ci95"][0] >= _KEEPS * full
-    ]
-    if not good:
-        return f"No smaller dim surely keeps {100 * _KEEPS:.0f} % of the full width's {_LABEL}."
-    row, percent = good[-1], 100 * _KEEPS
-    return (
-        f"{row['dim']} dims are a good trade: {100 * row['kept']:.1f} % of the full width's {_LABEL} "
-        f"(at least {percent:.0f} % by the lower end of its interval) "
-        f"for {row['bytes']:,} bytes a vector instead of {rows[0]['bytes']:,}."
-    )
-
-
-def _p_words(p: float) -> str:
-    return "below 0.001" if p < 0.001 else f"= {p:.3f}"
+def _good_trade(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The smallest dim that surely keeps _KEEPS of the full width's quality."""
+    full = rows[0]["tuned"]["value"] if rows[0]["tuned"] else 0.0
+    traded = [row for row in rows[1:] if row["tradeoff"] and full > 0]
+    return next((row for row in reversed(traded) if full + row["tradeoff"]["ci95"][0] >= _KEEPS * full), None)
 
 
 def _quality_chart(rows: list[dict[str, Any]]) -> Any:
