@@ -150,15 +150,11 @@ def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list
     """Signature and body, dedented by the indent of `def`; None where a line mixes docstring and code."""
     first, second = node.body[0], node.body[1]
     assert first.end_lineno is not None and node.end_lineno is not None
-    if second.lineno == first.end_lineno or lines[first.lineno - 1][: _characters(lines, first)].strip():
+    before = lines[first.lineno - 1].encode()[: first.col_offset]  # ast counts columns in UTF-8 bytes
+    if second.lineno == first.end_lineno or before.strip():
         return None
     body = itertools.dropwhile(lambda line: not line.strip(), lines[first.end_lineno : node.end_lineno])
     kept = [*lines[node.lineno - 1 : first.lineno - 1], *body]
     margin = len(kept[0]) - len(kept[0].lstrip())
     kept = [line[margin:] if not line[:margin].strip() else line for line in kept]
     return "\n".join(line.rstrip() for line in kept).strip("\n")
-
-
-def _characters(lines: list[str], node: ast.stmt) -> int:
-    # ast counts columns in UTF-8 bytes
-    return len(lines[node.lineno - 1].encode()[: node.col_offset].decode())

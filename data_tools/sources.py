@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,9 +61,7 @@ def import_source(source: PlainSource, cache_dir: Path, max_rows: int | None = N
         for name in ("locks", "hashes", "sources"):
             (cache_dir / name).mkdir(parents=True, exist_ok=True)
 
-        def hash_file(path: Path) -> str:
-            return _remembered_hash(path, cache_dir / "hashes")
-
+        hash_file = partial(_remembered_hash, memory=cache_dir / "hashes")
         if source.url:
             fetched = object_store.fetch_source(source.url, cache_dir, hash_file)
             source = source.model_copy(update={"path": str(fetched)})
@@ -158,20 +157,16 @@ class _Checker:
 
     def __init__(self, roles: Mapping[str, str], roles_by_name: bool, numbers_are_text: bool):
         self._roles, self._by_name, self._numbers_are_text = roles, roles_by_name, numbers_are_text
-        self._usual: set[str] = set()
         self._lengths: dict[str, int] = {}  # numbers in a list, 0 = a plain number, as the first row has them
 
     def check(self, row: Mapping[str, Any] | str) -> dict[str, Any]:
         if isinstance(row, str):
             raise ValueError(row)
-        self._usual = self._usual or set(self._roles.values())
-        if self._by_name and not row.keys() <= self._usual:
-            new = row.keys() - self._usual
-            if stray := sorted(name for name in new if ROLE.fullmatch(name)):
-                raise ValueError(
-                    f"got a column {stray[0]!r} that the first row does not have; write it there too, null for none"
-                )
-            self._usual |= new
+        others = row.keys() - self._roles.keys() if self._by_name else ()
+        if stray := sorted(name for name in others if ROLE.fullmatch(name)):
+            raise ValueError(
+                f"got a column {stray[0]!r} that the first row does not have; write it there too, null for none"
+            )
         return {role: self._value(role, column, row) for role, column in self._roles.items()}
 
     def _value(self, role: str, column: str, row: Mapping[str, Any]) -> Any:
@@ -253,9 +248,9 @@ def _remembered_hash(path: Path, memory: Path) -> str:
         if known["stamp"] == stamp:
             return known["sha256"]
     digest = sha256_of(path)
-    partial = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-    partial.write_text(json.dumps({"path": str(path), "stamp": stamp, "sha256": digest}))
-    partial.replace(note)
+    own = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+    own.write_text(json.dumps({"path": str(path), "stamp": stamp, "sha256": digest}))
+    own.replace(note)
     return digest
 
 

@@ -77,17 +77,23 @@ def new_folder(final: Path) -> Iterator[Path]:
         remove_folder(partial)
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write, which replaces `path` in one step at the end of the block; an exception removes it."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        yield partial
+        fsync_path(partial)
+        partial.replace(path)
+        fsync_path(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` in one step; a reader sees the old file or the new one. Half of a surrogate pair becomes `?`."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with new_file(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="replace")
-        fsync_path(partial)
-        partial.rename(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    fsync_path(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -30,7 +30,7 @@ def open_sources(
     for source in sources:
         folder = import_source(source, cache_dir, max_rows)
         manifest = read_manifest(folder)
-        files = [str(folder / shard.name) for shard in manifest.shards]
+        files: list[Any] = [str(folder / shard.name) for shard in manifest.shards]
         datasets.utils.disable_progress_bars()
         try:
             rows = datasets.Dataset.from_parquet(files, cache_dir=str(cache_dir / "arrow"))

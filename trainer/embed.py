@@ -31,9 +31,8 @@ def embed(
     max_length: int | None,
     batch_tokens: int,
     world: "World",
-    normalize: bool = True,
 ) -> np.ndarray:
-    """Vectors of `texts` in their order, float32 [n, d], unit length unless `normalize` is false.
+    """Vectors of `texts` in their order, float32 [n, d], of unit length.
 
     All ranks must call with the same texts; every rank gets the whole array. `prompt` is put before every
     text, None = nothing is. `max_length` in tokens with prompt and special tokens, None = the model's own.
@@ -57,9 +56,7 @@ def embed(
             batch = [unique[i] for i in stripes[first:last, world.rank]]
             features = model.preprocess(batch, **arguments)
             features = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in features.items()}
-            out = model(features, task=kind)["sentence_embedding"].float()
-            if normalize:
-                out = torch.nn.functional.normalize(out, dim=1)
+            out = torch.nn.functional.normalize(model(features, task=kind)["sentence_embedding"].float(), dim=1)
             vectors[stripes[first:last].T] = _gather(out, world).cpu().numpy()  # [world, rows, d]
             progress.to(min(last * world.world_size, len(unique)))
     return vectors[places]
@@ -117,9 +114,9 @@ def _gather(vectors: "torch.Tensor", world: "World") -> "torch.Tensor":
 
     if world.world_size == 1:
         return vectors[None]
-    out = vectors.new_empty((world.world_size, *vectors.shape))
+    out = vectors.new_empty(world.world_size * len(vectors), vectors.shape[1])
     torch.distributed.all_gather_single(out, vectors.contiguous())
-    return out
+    return out.view(world.world_size, *vectors.shape)
 
 
 @contextmanager

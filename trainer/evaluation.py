@@ -150,18 +150,14 @@ def table(evaluation: dict[str, Any]) -> str:
     """Plain text, one line a dim: base, tuned, difference with interval and p, bytes, share kept."""
     rows = rows_by_dim(evaluation, MAIN_METRIC)
 
-    def shown(form: str, value: Any) -> str:
-        return "-" if value is None else form.format(value)
+    def shown(form: str, *values: Any) -> str:
+        return "-" if values[0] is None else form.format(*values)
 
-    def change(row: dict[str, Any]) -> str:
-        if row["difference"] is None:
-            return "-"
-        return "{:+.4f} [{:+.4f}, {:+.4f}]".format(row["difference"], *row["ci95"])
-
+    change = "{:+.4f} [{:+.4f}, {:+.4f}]"
     columns = [
         ["dim", *(str(row["dim"]) for row in rows)],
         *([name, *(shown("{:.4f}", row[name] and row[name]["value"]) for row in rows)] for name in ("base", "tuned")),
-        ["difference [95 % interval]", *map(change, rows)],
+        ["difference [95 % interval]", *(shown(change, row["difference"], *(row["ci95"] or ())) for row in rows)],
         ["p (Holm)", *(format_p(row["p_holm"]) for row in rows)],
         ["bytes/vector", *(str(row["bytes"]) for row in rows)],
         ["kept", *(shown("{:.1f} %", row["kept"] and 100 * row["kept"]) for row in rows)],
@@ -215,15 +211,10 @@ def _outcomes(pairs: list[tuple[np.ndarray, np.ndarray]], seed: int) -> list[dic
     if not pairs:
         return []
     found = metrics.compare(*(np.stack(side, axis=1) for side in zip(*pairs, strict=True)), seed=seed)
-    corrected = metrics.holm(found.p.tolist())
+    numbers = (side.tolist() for side in (found.difference, found.low, found.high, found.p))
     return [
-        {
-            "difference": float(found.difference[i]),
-            "ci95": [float(found.low[i]), float(found.high[i])],
-            "p": float(found.p[i]),
-            "p_holm": corrected[i],
-        }
-        for i in range(len(pairs))
+        {"difference": difference, "ci95": [low, high], "p": p, "p_holm": corrected}
+        for difference, low, high, p, corrected in zip(*numbers, metrics.holm(found.p.tolist()), strict=True)
     ]
 
 
@@ -235,8 +226,7 @@ def _examples(
 ) -> dict[str, Any]:
     """Queries that gained and lost most between the first and the last model, with their best passages."""
     base, tuned = next(iter(vectors)), list(vectors)[-1]
-    before, after = scores[base][dim][MAIN_METRIC], scores[tuned][dim][MAIN_METRIC]
-    change = after - before
+    change = scores[tuned][dim][MAIN_METRIC] - scores[base][dim][MAIN_METRIC]
     order = np.argsort(-change, kind="stable")
     improved = [int(i) for i in order[:_EXAMPLES] if change[i] > 0]
     hurt = [int(i) for i in order[::-1][:_EXAMPLES] if change[i] < 0]

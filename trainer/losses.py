@@ -32,9 +32,7 @@ _OF_LOSS = {"TripletLoss": _DISTANCE, "ContrastiveLoss": _SIAMESE, "OnlineContra
 
 
 def build_loss(
-    settings: schema.Loss,
-    model: SentenceTransformer,
-    load_guide: Callable[[str], SentenceTransformer] | None = None,
+    settings: schema.Loss, model: SentenceTransformer, load_guide: Callable[[str], SentenceTransformer] | None = None
 ) -> nn.Module:
     """The loss module that `settings` names, on `model`, wrapped in MatryoshkaLoss where dims are given.
 

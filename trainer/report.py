@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ def write_report(run_dir: Path) -> Path:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined
     )
-    environment.filters |= {"p": format_p, "words": _words, "duration": _duration, "pretty": _pretty, "moment": _moment}
-    environment.filters["thousands"] = "{:,}".format
+    environment.filters |= {"p": format_p, "words": _words, "duration": _duration, "thousands": "{:,}".format}
+    environment.filters["pretty"] = partial(json.dumps, indent=2, ensure_ascii=False)
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
     page = template.render(_view(run_dir, found, notes))
     target = run_dir / PAGE
@@ -72,18 +73,14 @@ def _read(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
     found: dict[str, Any] = {}
     notes = []
     for name, holds in _INPUTS.items():
-        path = run_dir / name
         try:
-            text = path.read_text(encoding="utf-8", errors="replace")
-            if name.endswith(".jsonl"):
-                found[name], broken = _records(text)
-                if broken:
-                    notes.append(f"{name}: {broken} unreadable line(s) left out")
-            else:
-                content = json.loads(text)
-                if not isinstance(content, dict):
-                    raise ValueError("not a JSON object")
+            text = (run_dir / name).read_text(encoding="utf-8", errors="replace")
+            if name == "metrics.jsonl":
+                found[name] = _records(text, notes)
+            elif isinstance(content := json.loads(text), dict):
                 found[name] = content
+            else:
+                raise ValueError("not a JSON object")
         except FileNotFoundError:
             notes.append(f"{name} is missing: no {holds}")
         except (OSError, ValueError) as error:
@@ -91,8 +88,8 @@ def _read(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
     return found, notes
 
 
-def _records(text: str) -> tuple[list[dict[str, Any]], int]:
-    """(steps in order, lines left out). A step that a restart did again counts once, as done last."""
+def _records(text: str, notes: list[str]) -> list[dict[str, Any]]:
+    """Steps in order; what is left out is noted. A step that a restart did again counts once, as done last."""
     steps: dict[int, dict[str, Any]] = {}
     broken = 0
     for line in text.splitlines():
@@ -101,7 +98,9 @@ def _records(text: str) -> tuple[list[dict[str, Any]], int]:
             steps[int(record["step"])] = record
         except (ValueError, KeyError, TypeError):
             broken += 1
-    return [steps[number] for number in sorted(steps)], broken
+    if broken:
+        notes.append(f"metrics.jsonl: {broken} unreadable line(s) left out")
+    return [steps[number] for number in sorted(steps)]
 
 
 def _view(run_dir: Path, found: dict[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -176,16 +175,17 @@ def _curves(steps: list[dict[str, Any]]) -> list[Any]:
     dims = sorted({d for record in steps for d in record.get("loss_by_dim") or {}}, key=int, reverse=True)
     if len(dims) > _DIMS_DRAWN:
         dims = [dims[round(i * (len(dims) - 1) / (_DIMS_DRAWN - 1))] for i in range(_DIMS_DRAWN)]
-    wanted: list[tuple[str, list[tuple[str, Any]], bool]] = [
-        ("Loss", [("loss", lambda r: r.get("loss")), ("held out", lambda r: r.get("eval_loss"))], False),
-        ("Loss by dim", [(d, lambda r, d=d: (r.get("loss_by_dim") or {}).get(d)) for d in dims], False),
-        ("Learning rate", [("learning rate", lambda r: r.get("learning_rate"))], True),
-        ("Gradient norm before clipping", [("norm", lambda r: r.get("grad_norm"))], True),
-        ("Real tokens per second", [("tokens/s", lambda r: r.get("real_tokens_per_s"))], True),
-    ]
+    flat = [record | {f"loss_{d}": v for d, v in (record.get("loss_by_dim") or {}).items()} for record in steps]
+    wanted = (
+        ("Loss", {"loss": "loss", "held out": "eval_loss"}, False),
+        ("Loss by dim", {dim: f"loss_{dim}" for dim in dims}, False),
+        ("Learning rate", {"learning rate": "learning_rate"}, True),
+        ("Gradient norm before clipping", {"norm": "grad_norm"}, True),
+        ("Real tokens per second", {"tokens/s": "real_tokens_per_s"}, True),
+    )
     charts = []
     for title, lines, from_zero in wanted:
-        series = [Series(name, _thin([(r["step"], value(r)) for r in steps])) for name, value in lines]
+        series = [Series(name, _thin([(r["step"], r.get(key)) for r in flat])) for name, key in lines.items()]
         series = [s for s in series if s.points]
         if series:
             spoken = "; ".join(
@@ -224,15 +224,6 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _moment(time: str) -> str:
-    """An ISO 8601 time as people write it."""
-    return str(time).replace("T", " ").replace("+00:00", " UTC")
-
-
-def _pretty(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 if __name__ == "__main__":

@@ -149,14 +149,8 @@ def token_cache(
         lambda folder: _build(folder, rows, columns, model, parts),
         f"{cache_url}/tokens" if cache_url else None,
     )
-    return TokenCache(
-        columns=list(columns),
-        ids=arrays["ids"],
-        offsets=arrays["offsets"],
-        token_id=arrays["token_id"].reshape(-1, len(columns)),
-        text_id=arrays["text_id"].reshape(-1, len(columns)),
-        prompt_length=prompt_length,
-    )
+    token_id, text_id = (arrays[name].reshape(-1, len(columns)) for name in ("token_id", "text_id"))
+    return TokenCache(list(columns), arrays["ids"], arrays["offsets"], token_id, text_id, prompt_length)
 
 
 def _facts(

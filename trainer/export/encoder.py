@@ -39,8 +39,7 @@ class Encoder:
             raise UserError(f"precision: got {precision!r}, the bundle has {', '.join(manifest['onnx'])}")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # an unreadable file is reported by us, once
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or 0  # 0 = its own choice
         name = manifest["onnx"][precision]
         try:
             self._session = onnxruntime.InferenceSession(root / name, options, providers=["CPUExecutionProvider"])
@@ -55,13 +54,12 @@ class Encoder:
         self.max_length: dict[str, int] = manifest["max_length"]
         self._pad_id: int = manifest["tokenizer"]["pad_id"]
         self._left: bool = manifest["tokenizer"]["padding_side"] == "left"
-        cut = "left" if manifest["tokenizer"]["truncation_side"] == "left" else "right"
         self._tokenizers: dict[int, Any] = {}
         try:
             for length in sorted(set(self.max_length.values())):
                 tokenizer = Tokenizer.from_file(str(root / TOKENIZER))
                 tokenizer.no_padding()
-                tokenizer.enable_truncation(max_length=length, direction=cut)
+                tokenizer.enable_truncation(max_length=length, direction=manifest["tokenizer"]["truncation_side"])
                 self._tokenizers[length] = tokenizer
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckFailed(f"{TOKENIZER}: cannot be read: {first_line(error)}") from None

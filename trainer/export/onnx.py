@@ -94,21 +94,18 @@ def check_exportable(model: SentenceTransformer) -> None:
         raise UserError("export: module 0 (Transformer) holds an adapter; merge it into the weights first")
     if encoder.tokenizer is None or not encoder.tokenizer.is_fast:
         raise UserError("export: the tokenizer has no tokenizer.json form, allowed: fast tokenizers")
-    pooled = False
     for index, module in enumerate(list(model)[1:], start=1):
         if not isinstance(module, Pooling | Dense | LayerNorm | Normalize | Dropout):
             raise UserError(
                 f"export: module {index} is {type(module).__name__}, "
                 "allowed after the Transformer: Pooling, Dense, LayerNorm, Normalize, Dropout"
             )
-        if isinstance(module, Pooling):
-            pooled = True
-            if not module.include_prompt:
-                raise UserError(
-                    f"export: module {index} (Pooling) leaves the prompt out, which the graph's inputs "
-                    "cannot say; got include_prompt false, allowed: true"
-                )
-    if not pooled:
+        if isinstance(module, Pooling) and not module.include_prompt:
+            raise UserError(
+                f"export: module {index} (Pooling) leaves the prompt out, which the graph's inputs "
+                "cannot say; got include_prompt false, allowed: true"
+            )
+    if not any(isinstance(module, Pooling) for module in model):
         raise UserError("export: the model has no Pooling module, so there is no sentence embedding")
 
 

@@ -224,7 +224,7 @@ def _check_golden(root: Path, manifest: dict[str, Any], report: Report) -> None:
 
 def read_golden(root: Path, width: int) -> list[tuple[str, str, np.ndarray]]:
     """(kind, text, float32 [width] of PyTorch) of every stored embedding; raises CheckFailed if malformed."""
-    golden = read_json(root, PARITY).get("golden")
+    golden: Any = read_json(root, PARITY).get("golden")
     rows = []
     try:
         for row in golden:
