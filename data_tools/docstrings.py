@@ -14,36 +14,21 @@ import sys
 import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from data_tools.packages import HELD_OUT, STDLIB, Package, find_packages, python_files
 from data_tools.pairs import Pair, pairs_of
 from data_tools.progress import Progress
-from data_tools.shards import ColumnType, ShardWriter, partial_folder, read_manifest, verify_shards
-from data_tools.split import (
-    NEAR_COPY,
-    code_identity,
-    code_tokens,
-    draw_order,
-    near_copies,
-    normalise,
-    shingles,
-)
+from data_tools.shards import ColumnType, ShardWriter, read_manifest, verify_shards
+from data_tools.split import NEAR_COPY, code_identity, code_tokens, draw_order, near_copies, normalise, shingles
 from launch.errors import UserError, exit_code
-from launch.files import publish_folder, remove_folder, write_json
+from launch.files import new_folder, write_json
 
 _SHARED_SUMMARY = 3  # functions of one side that may have the same summary
 _SHOWN = ("max_train", "max_held_out", "max_chars", "seed", "python")  # settings named in the card's text
-_COLUMNS: dict[str, ColumnType] = {
-    "anchor": "text",
-    "positive": "text",
-    "package": "text",
-    "path": "text",
-    "line": "int",
-    "name": "text",
-}
+_COLUMNS: dict[str, ColumnType] = {field.name: "int" if field.type is int else "text" for field in fields(Pair)}
 
 
 def collect(packages: Sequence[Package], dropped: Counter[str]) -> Iterator[Pair]:
@@ -78,14 +63,13 @@ class _Side:
         found = list(collect(packages, self.dropped))
         order = draw_order((f"{p.package}/{p.path}:{p.line}:{p.name}" for p in found), seed)
         self.pairs = [found[i] for i in order]
-        self.found = len(self.pairs)
         self.keep(lambda pair: len(pair.positive) <= max_chars, f"function longer than {max_chars} characters")
-        for text, reason in (
-            (lambda pair: normalise(pair.positive), "copy of another function"),
-            (lambda pair: code_identity(pair.positive), "copy but for name, comments and layout"),
+        for identity, reason in (
+            (normalise, "copy of another function"),
+            (code_identity, "copy but for name, comments and layout"),
         ):
-            seen: set[Any] = set()
-            self.keep(lambda pair, text=text, seen=seen: _first_time(text(pair), seen), reason)
+            firsts = set({identity(pair.positive): pair for pair in reversed(self.pairs)}.values())
+            self.keep(lambda pair, firsts=firsts: pair in firsts, reason)
         shared = Counter(normalise(pair.anchor) for pair in self.pairs)
         self.keep(
             lambda pair: shared[normalise(pair.anchor)] <= _SHARED_SUMMARY,
@@ -101,18 +85,12 @@ class _Side:
 
     def draw(self, most: int | None) -> None:
         """Keep the first `most` in the drawn order."""
-        kept = iter(range(most if most is not None else len(self.pairs)))
-        self.keep(lambda _: next(kept, None) is not None, "not drawn")
+        drawn = set(self.pairs[:most])
+        self.keep(lambda pair: pair in drawn, "not drawn")
 
 
-def _first_time(key: Any, seen: set[Any]) -> bool:
-    new = key not in seen
-    seen.add(key)
-    return new
-
-
-def leaks(train: Sequence[Pair], held_out: Sequence[Pair]) -> dict[str, set[int]]:
-    """Reason -> indices of training pairs that are on the held-out side too, in whole or nearly."""
+def leaks(train: Sequence[Pair], held_out: Sequence[Pair]) -> dict[str, set[Pair]]:
+    """Reason -> training pairs that are on the held-out side too, in whole or nearly."""
     anchors = {normalise(pair.anchor) for pair in held_out}
     texts = {normalise(pair.positive) for pair in held_out}
     codes = {code_identity(pair.positive) for pair in held_out}
@@ -121,12 +99,12 @@ def leaks(train: Sequence[Pair], held_out: Sequence[Pair]) -> dict[str, set[int]
         [shingles(code_tokens(pair.positive)) for pair in held_out],
     )
     return {
-        "held-out side has this summary": {i for i, p in enumerate(train) if normalise(p.anchor) in anchors},
-        "held-out side has this function": {i for i, p in enumerate(train) if normalise(p.positive) in texts},
+        "held-out side has this summary": {p for p in train if normalise(p.anchor) in anchors},
+        "held-out side has this function": {p for p in train if normalise(p.positive) in texts},
         "held-out side has this code under another name or layout": {
-            i for i, p in enumerate(train) if code_identity(p.positive) in codes
+            p for p in train if code_identity(p.positive) in codes
         },
-        f"held-out side has a near-copy (Jaccard >= {NEAR_COPY})": set(near),
+        f"held-out side has a near-copy (Jaccard >= {NEAR_COPY})": {train[i] for i in near},
     }
 
 
@@ -145,10 +123,8 @@ def make(
 
     Raises UserError if a package is on both sides, a side stays empty, or `out` holds something else.
     """
-    roots = {package.root.resolve() for package in train}
-    for package in held_out:
-        if package.root.resolve() in roots:
-            raise UserError(f"package {package.name!r} is asked for on both sides; give it to one")
+    if both := set(train) & set(held_out):
+        raise UserError(f"package {both.pop().name!r} is asked for on both sides; give it to one")
     settings = {
         "train": {package.name: package.version for package in train},
         "held_out": {package.name: package.version for package in held_out},
@@ -163,35 +139,26 @@ def make(
     sides = {"train": _Side(train, max_chars, seed), "held_out": _Side(held_out, max_chars, seed)}
     # Against all of the held-out side, not only what is drawn: another draw of it stays clean too.
     against = sides["held_out"].pairs
-    before = sides["train"].pairs
-    found = leaks(before, against)
-    taken: set[int] = set()
-    for reason, indices in found.items():
-        new = {id(before[i]) for i in indices - taken}
-        taken |= indices
-        sides["train"].keep(lambda pair, new=new: id(pair) not in new, reason)
-    left = {reason: len(indices) for reason, indices in leaks(sides["train"].pairs, against).items()}
+    found = leaks(sides["train"].pairs, against)
+    for reason, pairs in found.items():
+        sides["train"].keep(lambda pair, pairs=pairs: pair not in pairs, reason)
+    left = {reason: len(pairs) for reason, pairs in leaks(sides["train"].pairs, against).items()}
     assert not any(left.values()), left
     sides["train"].draw(max_train)
     sides["held_out"].draw(max_held_out)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_folder(out)
-    try:
-        card: dict[str, Any] = {
-            "settings": settings,
-            "leaks_found": {reason: len(indices) for reason, indices in found.items()},
-            "leaks_left": left,
-        }
+    card: dict[str, Any] = {
+        "settings": settings,
+        "leaks_found": {reason: len(pairs) for reason, pairs in found.items()},
+        "leaks_left": left,
+    }
+    with new_folder(out) as partial:
         for name, side in sides.items():
             card[name] = _write_side(side, partial / name, name)
         write_json(partial / "card.json", card)
         (partial / "card.md").write_text(card_text(card), encoding="utf-8")
         if out.exists():
             out.rmdir()  # empty, as seen above
-        publish_folder(partial, out)
-    finally:
-        remove_folder(partial)
     return {**card, "made": True}
 
 
@@ -258,12 +225,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write: train/, held_out/, card.md")
     parser.add_argument("--train", nargs="+", default=[STDLIB], metavar="NAME", help="default: stdlib")
     parser.add_argument("--held-out", nargs="+", metavar="NAME", help=f"default: those installed of {HELD_OUT}")
-    parser.add_argument(
-        "--max-train", type=_positive_integer, metavar="N", help="rows drawn for training; default: all"
-    )
-    parser.add_argument(
-        "--max-held-out", type=_positive_integer, metavar="N", help="rows drawn as held-out; default: all"
-    )
+    for name, words in (("--max-train", "rows drawn for training"), ("--max-held-out", "rows drawn as held-out")):
+        parser.add_argument(name, type=_positive_integer, metavar="N", help=f"{words}; default: all")
     parser.add_argument("--max-chars", type=_positive_integer, default=4000, metavar="N", help="longest function kept")
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of the draw and the order")
     args = parser.parse_args(argv)
@@ -274,9 +237,7 @@ def main(argv: Sequence[str]) -> int:
         installed = importlib.metadata.packages_distributions()
         held_out = [name for name in HELD_OUT if name in installed and name not in args.train]
         if not held_out:
-            raise UserError(
-                f"none of {', '.join(HELD_OUT)} is installed; install one or name packages: --held-out NAME"
-            )
+            raise UserError(f"none of {', '.join(HELD_OUT)} is installed; install one or give --held-out NAME")
     try:
         card = make(
             find_packages(args.train),

@@ -17,8 +17,9 @@ from typing import Any
 
 from data_tools.shards import MANIFEST, read_manifest
 from launch.errors import UserError
-from launch.files import exclusive, fsync_path, sha256_of
-from launch.preflight import SUFFIXES, require_extra
+from launch.files import exclusive, new_file, sha256_of
+from launch.preflight import require_extra
+from launch.rows import SUFFIXES
 
 _AT_ONCE = 8  # files that travel at the same time
 _TRIES = 3  # of one file, each with the requests' own retries
@@ -87,9 +88,8 @@ def fetch_source(url: str, cache_dir: Path, hash_file: Callable[[Path], str]) ->
     folder = _place(cache_dir, url, content)
     with exclusive(folder.with_name(f".{folder.name}.lock")):
         folder.mkdir(exist_ok=True)
-        partial = folder / f".partial-{MANIFEST}"
-        partial.write_bytes(content)
-        partial.replace(folder / MANIFEST)
+        with new_file(folder / MANIFEST) as partial:
+            partial.write_bytes(content)
         try:
             shards = read_manifest(folder).shards
         except UserError as error:
@@ -123,8 +123,7 @@ def _fetch(store: Any, url: str, name: str, path: Path, is_whole: Callable[[Path
     import obstore
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    try:
+    with new_file(path) as partial:
         for left in reversed(range(_TRIES)):
             try:
                 with partial.open("wb") as file, _one_line(f"{url}/{name}"):
@@ -137,11 +136,6 @@ def _fetch(store: Any, url: str, name: str, path: Path, is_whole: Callable[[Path
                 if not left:
                     raise
                 time.sleep(1)
-        fsync_path(partial)
-        partial.replace(path)
-        fsync_path(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _store(url: str) -> Any:

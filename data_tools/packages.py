@@ -54,14 +54,8 @@ def find_packages(names: Sequence[str]) -> list[Package]:
         if spec is None or not spec.submodule_search_locations:
             installed = ", ".join(sorted({n for n in owners if n.isidentifier() and not n.startswith("_")}))
             raise UserError(f"package {asked!r} is no installed folder of Python files; allowed: {STDLIB}, {installed}")
-        packages.append(
-            Package(
-                name,
-                Path(next(iter(spec.submodule_search_locations))),
-                importlib.metadata.version(owners[name][0]),
-                _license(owners[name][0]),
-            )
-        )
+        folder, distribution = Path(next(iter(spec.submodule_search_locations))), owners[name][0]
+        packages.append(Package(name, folder, importlib.metadata.version(distribution), _license(distribution)))
     return packages
 
 

@@ -136,30 +136,25 @@ def _last_name(node: ast.expr) -> str:
 
 
 def _is_trivial(statement: ast.stmt) -> bool:
-    if isinstance(statement, ast.Raise) and statement.exc is not None:
-        error = statement.exc.func if isinstance(statement.exc, ast.Call) else statement.exc
-        return _last_name(error) == "NotImplementedError"
-    if isinstance(statement, ast.Return):
-        value = statement.value
-        return value is None or isinstance(value, ast.Constant) or _last_name(value) in ("NotImplemented", "self")
-    return isinstance(statement, ast.Pass) or (
-        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-    )
+    match statement:
+        case ast.Raise(exc=ast.Call(func=error)) | ast.Raise(exc=ast.expr() as error):
+            return _last_name(error) == "NotImplementedError"
+        case ast.Pass() | ast.Expr(value=ast.Constant()) | ast.Return(value=None | ast.Constant()):
+            return True
+        case ast.Return(value=ast.expr() as value):
+            return _last_name(value) in ("NotImplemented", "self")
+    return False
 
 
 def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str | None:
     """Signature and body, dedented by the indent of `def`; None where a line mixes docstring and code."""
     first, second = node.body[0], node.body[1]
     assert first.end_lineno is not None and node.end_lineno is not None
-    if second.lineno == first.end_lineno or lines[first.lineno - 1][: _characters(lines, first)].strip():
+    before = lines[first.lineno - 1].encode()[: first.col_offset]  # ast counts columns in UTF-8 bytes
+    if second.lineno == first.end_lineno or before.strip():
         return None
     body = itertools.dropwhile(lambda line: not line.strip(), lines[first.end_lineno : node.end_lineno])
     kept = [*lines[node.lineno - 1 : first.lineno - 1], *body]
     margin = len(kept[0]) - len(kept[0].lstrip())
     kept = [line[margin:] if not line[:margin].strip() else line for line in kept]
     return "\n".join(line.rstrip() for line in kept).strip("\n")
-
-
-def _characters(lines: list[str], node: ast.stmt) -> int:
-    # ast counts columns in UTF-8 bytes
-    return len(lines[node.lineno - 1].encode()[: node.col_offset].decode())

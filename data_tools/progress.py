@@ -2,12 +2,13 @@
 
 import sys
 import time
+from contextlib import AbstractContextManager
 
 _QUIET = 2.0  # seconds that work may take before anything is shown
 _EVERY = 10.0  # seconds between two plain lines in a log file
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """`label` names the work, `total` its amount in `unit`; silent unless it `speaks`; a context manager."""
 
     def __init__(self, label: str, total: int | None, unit: str, speaks: bool = True):
@@ -26,9 +27,6 @@ class Progress:
             disable=not (speaks and self._terminal),
             file=sys.stderr,
         )
-
-    def __enter__(self) -> "Progress":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()

@@ -7,8 +7,6 @@ hash of the values in their order, so neither the cut into shards nor the Parque
 import contextlib
 import hashlib
 import json
-import os
-import socket
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from launch.errors import UserError
-from launch.files import publish_folder, remove_folder, sha256_of, write_json
+from launch.files import partial_folder, publish_folder, remove_folder, sha256_of, write_json
 
 MANIFEST = "manifest.json"
 ColumnType = Literal["text", "int", "float", "floats"]
@@ -58,21 +56,13 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a shard folder. Raises UserError if it is missing, broken or of another program."""
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no shard folder: it has no {MANIFEST}") from None
-    except NotADirectoryError:
-        raise UserError(f"{folder}: no shard folder: it is a file") from None
+        manifest = Manifest.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # bad JSON and bad UTF-8
-        raise UserError(f"{path}: broken: {error}; make the folder again") from None
-    try:
-        manifest = Manifest.model_validate(content)
+        raise UserError(f"{path}: cannot be read, so this is no shard folder: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "content"
-        raise UserError(f"{path}: no manifest of nestling shards: {place}: {first['msg']}") from None
+        place = ".".join(map(str, first["loc"])) or "content"
+        raise UserError(f"{path}: no manifest of nestling shards, or a broken one: {place}: {first['msg']}") from None
     if manifest.rows != sum(shard.rows for shard in manifest.shards):
         raise UserError(f"{path}: broken: {manifest.rows} rows, but its shards have another sum")
     return manifest
@@ -83,34 +73,13 @@ def verify_shards(folder: Path, hash_file: Callable[[Path], str] = sha256_of) ->
     manifest = read_manifest(folder)
     for shard in manifest.shards:
         path = folder / shard.name
-        try:
-            size = path.stat().st_size
-            if size != shard.bytes:
-                raise UserError(f"{path}: damaged: {size:,} bytes, the manifest says {shard.bytes:,}")
-            if (got := hash_file(path)) != shard.sha256:
-                raise UserError(f"{path}: damaged: SHA-256 {got}, the manifest says {shard.sha256}")
-        except FileNotFoundError:
-            raise UserError(f"{path}: missing, but the manifest lists it") from None
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        if not path.is_file():
+            raise UserError(f"{path}: missing, but the manifest lists it")
+        if (size := path.stat().st_size) != shard.bytes:
+            raise UserError(f"{path}: damaged: {size:,} bytes, the manifest says {shard.bytes:,}")
+        if (got := hash_file(path)) != shard.sha256:
+            raise UserError(f"{path}: damaged: SHA-256 {got}, the manifest says {shard.sha256}")
     return manifest
-
-
-def partial_folder(target: Path) -> Path:
-    """Make the folder that becomes `target`, and remove what killed processes of this host left of one."""
-    host = socket.gethostname()
-    for stale in target.parent.glob(f".partial-{target.name}-{host}-*"):
-        pid = int(stale.name.rpartition("-")[2])
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            remove_folder(stale)
-        except PermissionError:
-            pass
-    partial = target.with_name(f".partial-{target.name}-{host}-{os.getpid()}")
-    remove_folder(partial)
-    partial.mkdir(parents=True)
-    return partial
 
 
 class ShardWriter:
@@ -120,30 +89,19 @@ class ShardWriter:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        columns: Mapping[str, ColumnType],
-        *,
-        source: str,
-        license: str | None,
-        made_by: str,
+        self, folder: Path, columns: Mapping[str, ColumnType], *, source: str, license: str | None, made_by: str
     ):
         import pyarrow as pa
 
-        types = {
-            "text": pa.string(),
-            "int": pa.int64(),
-            "float": pa.float64(),
-            "floats": pa.list_(pa.float64()),
-        }
+        types = {"text": pa.string(), "int": pa.int64(), "float": pa.float64(), "floats": pa.list_(pa.float64())}
         self.dropped: dict[str, int] = {}
         self.rows = 0
         self._folder, self._columns = folder, dict(columns)
         self._facts = {"source": source, "license": license, "made_by": made_by}
         self._schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
         self._values = {name: hashlib.sha256() for name in columns}
-        self._group: dict[str, list[Any]] = {name: [] for name in columns}
-        self._group_rows = self._group_bytes = self._shard_bytes = self._shard_rows = 0
+        self._group: list[Mapping[str, Any]] = []
+        self._group_bytes = self._shard_bytes = self._shard_rows = 0
         self._shards: list[Shard] = []
         self._file: Any = None
 
@@ -155,13 +113,12 @@ class ShardWriter:
         """Add one row with a value of the right type, or None, for every column."""
         for name, kind in self._columns.items():
             value = row[name]
-            self._group[name].append(value)
             data = b"" if value is None else _value_bytes(value, kind)
             self._values[name].update(b"-" if value is None else b"%d:" % len(data) + data)
             self._group_bytes += len(data)
         self.rows += 1
-        self._group_rows += 1
-        if self._group_rows == _GROUP_ROWS or self._group_bytes >= _GROUP_BYTES:
+        self._group.append(row)
+        if len(self._group) == _GROUP_ROWS or self._group_bytes >= _GROUP_BYTES:
             self._end_group()
             if self._shard_bytes >= _SHARD_BYTES:
                 self._end_shard()
@@ -173,18 +130,12 @@ class ShardWriter:
         if self._file is None:
             self._path = self._partial / f"shard-{len(self._shards):05d}.parquet"
             self._file = pq.ParquetWriter(
-                str(self._path),
-                self._schema,
-                compression="zstd",
-                use_dictionary=False,
-                write_statistics=False,
+                str(self._path), self._schema, compression="zstd", use_dictionary=False, write_statistics=False
             )
-        group = pa.table(self._group, schema=self._schema)
-        self._file.write_table(group, row_group_size=_GROUP_ROWS)
-        self._shard_rows += group.num_rows
+        self._file.write_table(pa.Table.from_pylist(self._group, self._schema), row_group_size=_GROUP_ROWS)
+        self._shard_rows += len(self._group)
         self._shard_bytes += self._group_bytes
-        self._group = {name: [] for name in self._columns}
-        self._group_rows = self._group_bytes = 0
+        self._group, self._group_bytes = [], 0
 
     def _end_shard(self) -> None:
         self._file.close()
@@ -212,7 +163,7 @@ class ShardWriter:
     def _publish(self) -> None:
         if not self.rows:
             raise UserError(f"{self._folder}: no rows to write")
-        if self._group_rows:
+        if self._group:
             self._end_group()
         if self._file is not None:
             self._end_shard()

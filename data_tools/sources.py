@@ -5,57 +5,48 @@ is keyed by the content of the file, so a moved file is not read again and a cha
 """
 
 import contextlib
-import difflib
 import errno
 import hashlib
 import json
-import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from data_tools import object_store, readers
 from data_tools.shards import MANIFEST, ColumnType, ShardWriter, read_manifest, verify_shards
 from launch.config import ROLE, PlainSource
 from launch.errors import UserError
 from launch.files import exclusive, remove_folder, sha256_of
-from launch.preflight import SUFFIXES
-from launch.reader import near_file
+from launch.rows import SAVED, SHARDS, TABLES, TEXTS, Choose, Rows, column_problems, kind_of
 
 _SHOWN = 5  # bad rows that are shown; the others are counted
-# Names that people give to the two columns of pairs; only used to suggest a mapping.
-_USUAL_NAMES = {
-    "anchor": ("query", "question", "queries", "sentence1", "text1", "title", "summary", "docstring", "text"),
-    "positive": (
-        "answer",
-        "document",
-        "passage",
-        "pos",
-        "sentence2",
-        "text2",
-        "body",
-        "code",
-        "response",
-        "context",
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+# Roles that are no texts: their type, and what messages call it.
+_NUMBERS: dict[str, tuple[TypeAdapter[Any], str]] = {
+    "label": (TypeAdapter(Annotated[int, Field(ge=-(2**63), lt=2**63)]), "an integer"),
+    "score": (
+        TypeAdapter(_Finite | Annotated[list[_Finite], Field(min_length=1)]),
+        "a finite number, or a list of them",
     ),
 }
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """An opened source: its files, how they are read, what a place is called, its rows."""
+    """An opened source: its files, of which kind they are, its rows."""
 
     files: Sequence[Path]
-    variant: str
-    unit: Literal["line", "row"]
-    read: Callable[[readers.Choose], readers.Rows]
+    kind: str
+    read: Callable[[Choose], Rows]
     license: str | None = None
-    numbers_are_text: bool = False
 
 
 def import_source(source: PlainSource, cache_dir: Path, max_rows: int | None = None) -> Path:
@@ -64,36 +55,40 @@ def import_source(source: PlainSource, cache_dir: Path, max_rows: int | None = N
     Safe to call from many processes at once: one imports, the others wait for it. Raises UserError, one line
     for each of the first bad rows.
     """
-    cache_dir = Path(cache_dir)
-
-    def hash_file(path: Path) -> str:
-        return _remembered_hash(path, cache_dir / "hashes")
-
-    with _said_in_one_line(source, cache_dir):
-        if source.path is not None and not source.url and not Path(source.path).exists():
-            raise UserError(f"{source.path}: no such file or folder{near_file(Path(source.path))}")
+    try:
+        if source.path and not source.url:
+            kind_of(Path(source.path))  # raises for what is no source before a folder is made for it
         for name in ("locks", "hashes", "sources"):
             (cache_dir / name).mkdir(parents=True, exist_ok=True)
+
+        hash_file = partial(_remembered_hash, memory=cache_dir / "hashes")
         if source.url:
             fetched = object_store.fetch_source(source.url, cache_dir, hash_file)
             source = source.model_copy(update={"path": str(fetched)})
         place = str(Path(source.path).resolve()) if source.path else source.name
         with exclusive(cache_dir / "locks" / _key(place)):
             return _import(source, cache_dir, max_rows, hash_file)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{source.name}: no space left for its copy in {cache_dir.absolute()}; free some or set data.cache_dir"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"{error.filename or source.name}: no permission: {error.strerror}") from None
+        raise
 
 
 def _import(source: PlainSource, cache_dir: Path, max_rows: int | None, hash_file: Callable[[Path], str]) -> Path:
     path = Path(source.path) if source.path else None
     if path is not None and (path / MANIFEST).is_file():
         manifest = verify_shards(path, hash_file)
-        asked = source.columns or {name: name for name in manifest.columns}
-        if all(role == column for role, column in asked.items()) and manifest.rows <= (max_rows or manifest.rows):
-            _choose(source, list(manifest.columns))
+        roles = _choose(source, list(manifest.columns))
+        if all(role == column for role, column in roles.items()) and manifest.rows <= (max_rows or manifest.rows):
             return path
     origin = _open(source)
     before = [_stamp(file) for file in origin.files]
     content = [hash_file(file) for file in origin.files]
-    key = _key(json.dumps([1, content, origin.variant, source.columns, max_rows, source.license or origin.license]))
+    key = _key(json.dumps([1, content, origin.kind, source.columns, max_rows, source.license or origin.license]))
     target = cache_dir / "sources" / key
     with exclusive(cache_dir / "locks" / key):
         if target.exists():
@@ -119,8 +114,8 @@ def _write(
     rows = islice(origin.read(choose), max_rows)
     first = next(rows, None)
     if first is None:
-        raise UserError(f"{source.name}: has no rows, allowed: at least 1")
-    checker = _Checker(roles, source.columns is None, origin.numbers_are_text)
+        raise UserError(f"{source.name}: has no rows; allowed: at least 1")
+    checker = _Checker(roles, not source.columns, numbers_are_text=origin.kind in TABLES)
     read = bad = 0
     lines: list[str] = []
     kinds: dict[str, ColumnType] = {role: _kind(role, column, first[1]) for role, column in roles.items()}
@@ -138,7 +133,7 @@ def _write(
             except ValueError as error:
                 bad += 1
                 if bad <= _SHOWN:
-                    at = f":{place}" if origin.unit == "line" else f": row {place}"
+                    at = f":{place}" if origin.kind in TEXTS else f": row {place}"
                     lines.append(f"{source.name}{at}: {error}")
                 continue
             if not bad:
@@ -152,11 +147,9 @@ def _write(
 
 
 def _kind(role: str, column: str, row: Mapping[str, Any] | str) -> ColumnType:
-    if role == "label":
-        return "int"
-    if role != "score":
-        return "text"
-    return "floats" if isinstance(row, Mapping) and isinstance(row.get(column), list) else "float"
+    if role == "score":
+        return "floats" if isinstance(row, Mapping) and isinstance(row.get(column), list) else "float"
+    return "int" if role == "label" else "text"
 
 
 class _Checker:
@@ -164,20 +157,16 @@ class _Checker:
 
     def __init__(self, roles: Mapping[str, str], roles_by_name: bool, numbers_are_text: bool):
         self._roles, self._by_name, self._numbers_are_text = roles, roles_by_name, numbers_are_text
-        self._usual: set[str] = set()
-        self._scores: int | None = None  # scores in a list; 0 = a plain number; None = no row yet
+        self._lengths: dict[str, int] = {}  # numbers in a list, 0 = a plain number, as the first row has them
 
     def check(self, row: Mapping[str, Any] | str) -> dict[str, Any]:
         if isinstance(row, str):
             raise ValueError(row)
-        self._usual = self._usual or set(self._roles.values())
-        if self._by_name and not row.keys() <= self._usual:
-            new = row.keys() - self._usual
-            if stray := sorted(name for name in new if ROLE.fullmatch(name)):
-                raise ValueError(
-                    f"got a column {stray[0]!r} that the first row does not have; write it there too, null for none"
-                )
-            self._usual |= new
+        others = row.keys() - self._roles.keys() if self._by_name else ()
+        if stray := sorted(name for name in others if ROLE.fullmatch(name)):
+            raise ValueError(
+                f"got a column {stray[0]!r} that the first row does not have; write it there too, null for none"
+            )
         return {role: self._value(role, column, row) for role, column in self._roles.items()}
 
     def _value(self, role: str, column: str, row: Mapping[str, Any]) -> Any:
@@ -187,13 +176,17 @@ class _Checker:
         if column not in row:
             raise ValueError(f"{name}: missing; got the columns {', '.join(map(repr, row))}")
         value = row[column]
-        try:
-            if role == "label":
-                return self._label(value)
-            if role == "score":
-                return self._score(value)
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"{name}: got {_shown(value)}, allowed: {error}") from None
+        if role in _NUMBERS:
+            kind, allowed = _NUMBERS[role]
+            try:
+                number = kind.validate_python(value, strict=not self._numbers_are_text)
+            except ValidationError:
+                raise ValueError(f"{name}: got {_shown(value)}, allowed: {allowed}") from None
+            length = len(number) if isinstance(number, list) else 0
+            if length != self._lengths.setdefault(role, length):
+                like = f"a list of {self._lengths[role]} numbers" if self._lengths[role] else "one number"
+                raise ValueError(f"{name}: got {_shown(value)}, allowed: {like}, as in the first row")
+            return number
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{name}: got {_shown(value)}, allowed: text that is not empty")
         if not value.isascii():
@@ -202,34 +195,6 @@ class _Checker:
             except UnicodeEncodeError:
                 raise ValueError(f"{name}: got half a surrogate pair, allowed: whole characters") from None
         return value
-
-    def _label(self, value: Any) -> int:
-        if self._numbers_are_text and isinstance(value, str):
-            value = _parsed(int, value)
-        if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
-            raise ValueError("an integer")
-        return value
-
-    def _score(self, value: Any) -> Any:
-        if self._numbers_are_text and isinstance(value, str):
-            value = _parsed(float, value)
-        numbers: list[Any] = value if isinstance(value, list) else [value]
-        for number in numbers or [None]:
-            if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
-                raise ValueError("a finite number, or a list of them")
-        length = len(numbers) if isinstance(value, list) else 0
-        self._scores = length if self._scores is None else self._scores
-        if length != self._scores:
-            like = f"a list of {self._scores} numbers" if self._scores else "one number"
-            raise ValueError(f"{like}, as in the first row")
-        return [float(number) for number in numbers] if length else float(numbers[0])
-
-
-def _parsed(kind: Callable[[str], Any], text: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        return None
 
 
 def _shown(value: Any) -> str:
@@ -242,76 +207,30 @@ def _shown(value: Any) -> str:
 
 def _choose(source: PlainSource, columns: Sequence[str]) -> dict[str, str]:
     """Role -> column of the file. Raises UserError if a mapped column or the anchor is not there."""
-    listed = ", ".join(map(repr, columns))
-    if source.columns is None:
-        roles = {name: name for name in columns if ROLE.fullmatch(name)}
-    else:
-        roles = dict(source.columns)
-        for role, column in roles.items():
-            if column not in columns:
-                close = difflib.get_close_matches(column, columns, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise UserError(f"{source.name}: no column {column!r} (for {role}); it has: {listed}{hint}")
-    if "anchor" not in roles:
-        if len(columns) == 1 and any(mark in columns[0] for mark in ";\t"):
-            listed += " (separated by semicolons or tabs? allowed: commas in .csv, tabs in .tsv)"
-        guess = ", ".join(f"{role}: {_yaml(column)}" for role, column in _guess(columns).items())
-        raise UserError(
-            f"{source.name}: no column 'anchor'; it has: {listed}; say which column plays which "
-            f"role, did you mean columns: {{{guess}}}?"
-        )
-    return roles
-
-
-def _guess(columns: Sequence[str]) -> dict[str, str]:
-    folded = {name.casefold().strip(): name for name in columns}
-    guess: dict[str, str] = {}
-    for role, usual in _USUAL_NAMES.items():
-        left = [name for name in folded if folded[name] not in guess.values()]
-        close = difflib.get_close_matches(role, left, 1, 0.75)
-        found = next((name for name in (*close, *usual, *left) if name in left), None)
-        guess[role] = folded[found] if found is not None else "NAME"
-    return guess
-
-
-def _yaml(name: str) -> str:
-    return name if name.replace("_", "").isalnum() else json.dumps(name, ensure_ascii=False)
+    if problems := column_problems(source, columns):
+        raise UserError("\n".join(problems))
+    return source.columns or {name: name for name in columns if ROLE.fullmatch(name)}
 
 
 def _open(source: PlainSource) -> _Origin:
     if source.path is None:
-        rows = readers.open_hub(str(source.hub), source.split, source.revision)
-        return _dataset_origin(rows, source)
+        return _dataset_origin(readers.open_hub(str(source.hub), source.split, source.revision), source)
     path = Path(source.path)
-    if path.is_dir():
-        if (path / MANIFEST).is_file():
-            manifest = read_manifest(path)
-            files = [path / shard.name for shard in manifest.shards]
-            return _Origin(files, "shards", "row", lambda choose: readers.read_parquet(files, choose), manifest.license)
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return _dataset_origin(readers.open_saved(path, source.split), source)
-        inside = ", ".join(sorted(item.name for item in path.iterdir())[:5]) or "nothing"
-        raise UserError(
-            f"{path}: folder holds {inside}; allowed: shards with {MANIFEST}, a data set saved by datasets, "
-            f"or one file ({', '.join(SUFFIXES)})"
-        )
-    suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
-    if suffix is None:
-        raise UserError(f"{path}: unknown kind of file {path.suffix!r}, allowed: {', '.join(SUFFIXES)}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: empty file (0 bytes), allowed: at least 1 row")
-    if suffix == ".parquet":
-        return _Origin([path], suffix, "row", lambda choose: readers.read_parquet([path], choose))
-    if suffix in (".csv", ".tsv"):
-        return _Origin([path], suffix, "line", lambda choose: readers.read_csv(path, choose), numbers_are_text=True)
-    return _Origin([path], suffix, "line", lambda choose: readers.read_json_lines(path, choose))
+    kind = kind_of(path)
+    if kind == SAVED:
+        return _dataset_origin(readers.open_saved(path, source.split), source)
+    if kind == SHARDS:
+        manifest = read_manifest(path)
+        files = [path / shard.name for shard in manifest.shards]
+        return _Origin(files, kind, lambda choose: readers.read_parquet(files, choose), manifest.license)
+    if kind in TEXTS:
+        return _Origin([path], kind, lambda choose: readers.read_lines(path, choose))
+    return _Origin([path], kind, lambda choose: readers.read_parquet([path], choose))
 
 
 def _dataset_origin(rows: Any, source: PlainSource) -> _Origin:
     files = [Path(file["filename"]) for file in rows.cache_files]
-    return _Origin(
-        files, f"split {source.split}", "row", lambda choose: readers.read_dataset(rows, source.name, choose)
-    )
+    return _Origin(files, f"split {source.split}", lambda choose: readers.read_dataset(rows, source.name, choose))
 
 
 def _stamp(path: Path) -> list[int]:
@@ -329,25 +248,11 @@ def _remembered_hash(path: Path, memory: Path) -> str:
         if known["stamp"] == stamp:
             return known["sha256"]
     digest = sha256_of(path)
-    partial = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-    partial.write_text(json.dumps({"path": str(path), "stamp": stamp, "sha256": digest}))
-    partial.replace(note)
+    own = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+    own.write_text(json.dumps({"path": str(path), "stamp": stamp, "sha256": digest}))
+    own.replace(note)
     return digest
 
 
 def _key(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-@contextlib.contextmanager
-def _said_in_one_line(source: PlainSource, cache_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{source.name}: no space left for its copy in {cache_dir.absolute()}; free some or set data.cache_dir"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"{error.filename or source.name}: no permission: {error.strerror}") from None
-        raise

@@ -14,8 +14,7 @@ NEAR_COPY = 0.8  # Jaccard of token shingles from which two functions count as c
 _SHINGLE = 5  # tokens of a shingle
 # A string, a comment, a word, a number or one other character of Python code; comments are left out.
 _TOKEN = re.compile(
-    r"""(\"{3}.*?\"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|\#[^\n]*|(\w+|[^\w\s])""",
-    re.DOTALL,
+    r"""(\"{3}.*?\"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|\#[^\n]*|(\w+|[^\w\s])""", re.DOTALL
 )
 
 

@@ -13,16 +13,11 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from launch.errors import EXIT_DONE, UserError, exit_code
+from launch.errors import EXIT_DONE, EXIT_USER, UserError, exit_code
 
 # Verb -> module, a package that it needs, the extra that brings it, help.
 PROGRAMS = {
-    "data docstrings": (
-        "data_tools.docstrings",
-        "pyarrow",
-        "data",
-        "make docstring -> function pairs to train on",
-    ),
+    "data docstrings": ("data_tools.docstrings", "pyarrow", "data", "make docstring -> function pairs to train on"),
     "export": ("trainer.export.cli", "torch", "train", "write the ONNX bundle of a model or run"),
     "verify": ("trainer.export.verify", "onnxruntime", "", "check a bundle without torch"),
     "report": ("trainer.report", "jinja2", "train", "write one HTML page about a run"),
@@ -53,7 +48,20 @@ def _main(argv: Sequence[str]) -> int:
         from launch.supervise import supervise
 
         return supervise(words[1:])
-    return _own(words)
+    arguments = _arguments(words)
+    from launch import preflight, reader
+
+    if arguments.verb == "config" and arguments.kind == "schema":
+        print(json.dumps(reader.schema(), indent=2))
+        return EXIT_DONE
+    config = reader.read_run(arguments.run_file, arguments.overrides)
+    if arguments.verb == "config":
+        sys.stdout.write(reader.resolved_yaml(config))
+        return EXIT_DONE
+    preflight.require_preflight(config, arguments.run_file)
+    run_dir = reader.run_directory(config, arguments.run_file)
+    print(f"{arguments.run_file}: no problem found; a run would write to {run_dir}")
+    return EXIT_DONE
 
 
 def _become(verb: str, arguments: Sequence[str]) -> None:
@@ -73,8 +81,8 @@ def _become(verb: str, arguments: Sequence[str]) -> None:
     os.execve(sys.executable, [sys.executable, "-P", "-m", module, *arguments], environment)
 
 
-def _own(words: Sequence[str]) -> int:
-    """The verbs that need no other program."""
+def _arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Arguments of the verbs that need no other program."""
     parser = argparse.ArgumentParser(
         prog="nestling",
         description="Fine-tune text-embedding models: run files, data, checks, ONNX bundles.",
@@ -102,34 +110,14 @@ def _own(words: Sequence[str]) -> int:
         verbs.add_parser(verb, help=PROGRAMS[verb][3])
     verbs.add_parser("supervise", help="start a run, and again after a crash", usage=SUPERVISE)
     if words and not words[0].startswith("-") and words[0] not in verbs.choices:
-        _unknown(words[0], list(verbs.choices))
-    arguments = parser.parse_args(words)
-    if arguments.verb is None:
+        from launch.reader import did_you_mean
+
+        hint = did_you_mean(words[0], verbs.choices)
+        raise UserError(f"got {words[0]!r}, allowed: {', '.join(verbs.choices)}{hint}")
+    if not words:
         parser.print_help(sys.stderr)
-        return 2
-    return _config_or_check(arguments)
-
-
-def _config_or_check(arguments: argparse.Namespace) -> int:
-    from launch import preflight, reader
-
-    if arguments.verb == "config" and arguments.kind == "schema":
-        print(json.dumps(reader.schema(), indent=2))
-        return EXIT_DONE
-    config = reader.read_run(arguments.run_file, arguments.overrides)
-    if arguments.verb == "config":
-        sys.stdout.write(reader.resolved_yaml(config))
-        return EXIT_DONE
-    preflight.require_preflight(config, arguments.run_file)
-    run_dir = reader.run_directory(config, arguments.run_file)
-    print(f"{arguments.run_file}: no problem found; a run would write to {run_dir}")
-    return EXIT_DONE
-
-
-def _unknown(word: str, verbs: Sequence[str]) -> None:
-    from launch.reader import did_you_mean
-
-    raise UserError(f"got {word!r}, allowed: {', '.join(verbs)}{did_you_mean(word, verbs)}")
+        sys.exit(EXIT_USER)
+    return parser.parse_args(words)
 
 
 def _version() -> str:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,16 +17,11 @@ from typing import Any
 
 from launch.errors import UserError
 
-_BLOCK = 1 << 20  # bytes per read while hashing
-
 
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync_path(path: Path) -> None:
@@ -53,20 +49,64 @@ def publish_folder(partial: Path, final: Path) -> None:
     fsync_path(final.parent)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Replace `path` with `content` as JSON in one step; a reader sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
+def partial_folder(target: Path) -> Path:
+    """Make the folder that becomes `target`, and remove what killed processes of this host left of one."""
+    host = socket.gethostname()
+    for stale in target.parent.glob(f".partial-{target.name}-{host}-*"):
+        pid = int(stale.name.rpartition("-")[2])
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            remove_folder(stale)
+        except PermissionError:
+            pass
+    partial = target.with_name(f".partial-{target.name}-{host}-{os.getpid()}")
+    remove_folder(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `final` at the end of the block; an exception removes it."""
+    partial = partial_folder(final)
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except OSError:
+        yield partial
+        publish_folder(partial, final)
+    finally:
+        remove_folder(partial)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write, which replaces `path` in one step at the end of the block; an exception removes it."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        yield partial
+        fsync_path(partial)
+        partial.replace(path)
+        fsync_path(path.parent)
+    finally:
         partial.unlink(missing_ok=True)
-        raise
-    fsync_path(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` in one step; a reader sees the old file or the new one. Half of a surrogate pair becomes `?`."""
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="replace")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace `path` with `content` as JSON in one step."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises UserError if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:

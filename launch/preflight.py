@@ -4,49 +4,45 @@ Nothing here imports torch or reads more than the first kilobytes of a file. `ne
 `train.py` report all problems at once.
 """
 
-import csv
-import gzip
 import importlib.util
-import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from launch.config import ROLE, Model, PlainSource, RunConfig
+from launch.config import Model, PlainSource, RunConfig
 from launch.errors import UserError
-from launch.reader import did_you_mean, near_file, run_directory
+from launch.files import read_json
+from launch.reader import near_file, run_directory
+from launch.rows import SAVED, SHARDS, TEXTS, column_problems, kind_of, read_text, saved_folder
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet")
-
-# Roles that a loss needs beside `anchor`; `negative` also stands for negative_1, negative_2 ...
+# Losses by the roles that they need beside `anchor`; `negative` also stands for negative_1, negative_2 ...
 _PAIRS = ("positive",)
-_SCORED, _LABELLED = ("positive", "score"), ("positive", "label")
-NEEDED_ROLES: dict[str, tuple[str, ...]] = {
-    "AnglELoss": _SCORED,
-    "BatchAllTripletLoss": ("label",),
-    "BatchHardSoftMarginTripletLoss": ("label",),
-    "BatchHardTripletLoss": ("label",),
-    "BatchSemiHardTripletLoss": ("label",),
-    "CachedGISTEmbedLoss": _PAIRS,
-    "CachedMultipleNegativesRankingLoss": _PAIRS,
-    "CachedMultipleNegativesSymmetricRankingLoss": _PAIRS,
-    "CoSENTLoss": _SCORED,
-    "ContrastiveLoss": _LABELLED,
-    "CosineSimilarityLoss": _SCORED,
-    "DistillKLDivLoss": ("positive", "negative", "score"),
-    "GISTEmbedLoss": _PAIRS,
-    "MarginMSELoss": ("positive", "negative", "score"),
-    "MegaBatchMarginLoss": _PAIRS,
-    "MultipleNegativesRankingLoss": _PAIRS,
-    "MultipleNegativesSymmetricRankingLoss": _PAIRS,
-    "OnlineContrastiveLoss": _LABELLED,
-    "SoftmaxLoss": _LABELLED,
-    "TripletLoss": ("positive", "negative"),
+_LOSSES: dict[tuple[str, ...], tuple[str, ...]] = {
+    _PAIRS: (
+        "CachedGISTEmbedLoss",
+        "CachedMultipleNegativesRankingLoss",
+        "CachedMultipleNegativesSymmetricRankingLoss",
+        "GISTEmbedLoss",
+        "MegaBatchMarginLoss",
+        "MultipleNegativesRankingLoss",
+        "MultipleNegativesSymmetricRankingLoss",
+    ),
+    ("positive", "score"): ("AnglELoss", "CoSENTLoss", "CosineSimilarityLoss"),
+    ("positive", "label"): ("ContrastiveLoss", "OnlineContrastiveLoss", "SoftmaxLoss"),
+    ("positive", "negative"): ("TripletLoss",),
+    ("positive", "negative", "score"): ("DistillKLDivLoss", "MarginMSELoss"),
+    ("label",): (
+        "BatchAllTripletLoss",
+        "BatchHardSoftMarginTripletLoss",
+        "BatchHardTripletLoss",
+        "BatchSemiHardTripletLoss",
+    ),
 }
+NEEDED_ROLES = {name: roles for roles, names in _LOSSES.items() for name in names}
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Names without an owner that the hub or sentence-transformers know.
@@ -55,28 +51,21 @@ _SHORT_NAME = re.compile(
     r"distilroberta|camembert|nli|stsb|LaBSE|average_word_embeddings|allenai-specter)(-[\w.-]+)?"
 )
 # Models with learnt absolute positions: a longer text is an index error. Some start counting at 2.
-_POSITIONS_FROM = {
-    "bert": 0,
-    "distilbert": 0,
-    "electra": 0,
-    "mpnet": 2,
-    "roberta": 2,
-    "xlm-roberta": 2,
-    "camembert": 2,
-}
-_HEAD = 1 << 16  # bytes of a text file that are read for its columns
+_POSITIONS_FROM_0 = ("bert", "distilbert", "electra")
+_POSITIONS_FROM_2 = ("mpnet", "roberta", "xlm-roberta", "camembert")
+_LOOKED_AT = 100  # rows of a text file
 
 
 def preflight(config: RunConfig, run_file: Path) -> list[str]:
     """Problems of a run, one line each; empty where none can be seen from here."""
-    problems = []
-    needed = NEEDED_ROLES[config.loss.name]
-    for number, source in enumerate(config.data.sources):
-        problems += _source_problems(source, f"data.sources.{number}", needed, config.loss.name)
-    for number, source in enumerate(config.data.known_positives or []):
-        problems += _source_problems(source, f"data.known_positives.{number}", _PAIRS, "a table of known positives")
-    for number, source in enumerate(config.evaluate.sources if config.evaluate else []):
-        problems += _source_problems(source, f"evaluate.sources.{number}", _PAIRS, "evaluation")
+    problems, held_out = [], config.evaluate.sources if config.evaluate else []
+    for key, sources, needed, purpose in (
+        ("data.sources", config.data.sources, NEEDED_ROLES[config.loss.name], config.loss.name),
+        ("data.known_positives", config.data.known_positives or [], _PAIRS, "a table of known positives"),
+        ("evaluate.sources", held_out, _PAIRS, "evaluation"),
+    ):
+        for number, source in enumerate(sources):
+            problems += _source_problems(source, f"{key}.{number}", needed, purpose)
     try:
         if config.data.cache_url:
             require_extra("obstore", "cloud", "data.cache_url")
@@ -150,132 +139,49 @@ def _model_folder(folder: Path, given: str) -> Path:
 
 def _source_problems(source: PlainSource, key: str, needed: Sequence[str], purpose: str) -> list[str]:
     columns: list[str] | None = None
-    if source.path is not None:
-        try:
-            if source.url:
-                require_extra("obstore", "cloud", source.name)
-            else:
-                columns = _columns(Path(source.path), source.split)
-        except UserError as error:
-            return [f"{key}: {error}"]
-        except OSError as error:
-            return [f"{key}: {source.path}: cannot be read: {error.strerror or error}"]
+    try:
+        if source.url:
+            require_extra("obstore", "cloud", source.name)
+        elif source.path is not None:
+            columns = _columns(Path(source.path), source.split)
+    except UserError as error:
+        return [f"{key}: {error}"]
+    except OSError as error:
+        return [f"{key}: {source.path}: cannot be read: {error.strerror or error}"]
     if columns is None and source.columns is None:
         return []
-    listed = ", ".join(columns or [])
-    problems = []
-    for role, column in (source.columns or {}).items():
-        if columns is not None and column not in columns:
-            problems.append(
-                f"{key}.columns.{role}: {source.name} has no column {column!r}; allowed: {listed}"
-                f"{did_you_mean(column, columns)}"
-            )
-    roles = list(source.columns) if source.columns else [name for name in columns or [] if ROLE.fullmatch(name)]
-    for role in ("anchor", *needed):
-        if not any(name == role or (role == "negative" and name.startswith("negative_")) for name in roles):
-            has = f"its columns are {listed}" if columns else f"columns maps {', '.join(roles)}"
-            problems.append(
-                f"{key}: {purpose} needs a column {role}, {source.name} has none; {has}; "
-                f"write columns: {{{', '.join(f'{r}: NAME' for r in ('anchor', *needed))}}}"
-            )
-    return problems
+    return [f"{key}: {problem}" for problem in column_problems(source, columns, needed, purpose)]
 
 
 def _columns(path: Path, split: str) -> list[str] | None:
-    """Column names of a source without reading it whole; None where that needs a library."""
-    if not path.exists():
-        hint = near_file(path)
-        if path.name in ("train", "held_out") and "did you mean" not in hint:
-            hint = f"; make it: nestling data docstrings --out {path.parent}"
-        raise UserError(f"{path}: no such file or folder{hint}")
-    if path.is_dir():
-        return _folder_columns(path, split)
-    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
-    if suffix is None:
-        raise UserError(f"{path}: got suffix {path.suffix!r}, allowed: {', '.join(SUFFIXES)} or a folder of shards")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty; allowed: at least one row")
-    if suffix == ".parquet":
-        with path.open("rb") as file:
-            head = file.read(4)
-            file.seek(max(-4, -path.stat().st_size), os.SEEK_END)
-            if head != b"PAR1" or file.read(4) != b"PAR1":
-                raise UserError(f"{path}: no whole Parquet file (it starts and ends with PAR1); copy or write it again")
-        return None
-    text, whole = _head(path, suffix)
-    if suffix in (".csv", ".tsv"):
-        return _header(path, text, "\t" if suffix == ".tsv" else ",")
-    line, newline, _ = text.strip().partition("\n")
-    if not line:
-        raise UserError(f"{path}: the file holds no row; allowed: one JSON object a line")
-    if not (newline or whole):
-        return None  # the first row alone is longer than what is read here
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: its first row is no JSON ({error}); allowed: one JSON object a line") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{path}: its first row is a {type(row).__name__}; allowed: one JSON object a line")
-    return list(row)
-
-
-def _folder_columns(path: Path, split: str) -> list[str] | None:
-    if (path / "manifest.json").is_file():
+    """Column names of a local source without reading it whole; None where that needs a library."""
+    kind = kind_of(path)
+    if kind == SHARDS:
         columns = _json(path / "manifest.json").get("columns")
         if not isinstance(columns, dict):
             raise UserError(f"{path}: its manifest.json lists no columns; allowed: a shard folder of `nestling data`")
         return list(columns)
-    if (path / "dataset_dict.json").is_file():
-        splits = _json(path / "dataset_dict.json").get("splits") or []
-        if split not in splits:
-            raise UserError(f"{path}: has no split {split!r}; allowed: {', '.join(splits)}")
-        path = path / split
-    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return list(_json(path / "dataset_info.json").get("features") or {}) or None
-    files = [p for p in sorted(path.iterdir()) if p.name.endswith(SUFFIXES)]
-    hint = f"; did you mean {files[0]}?" if files else ""
-    raise UserError(f"{path}: folder without manifest.json (shards) or state.json (a saved data set){hint}")
-
-
-def _head(path: Path, suffix: str) -> tuple[str, bool]:
-    """The beginning of a text file, and whether that is all of it."""
-    try:
-        with gzip.open(path) if suffix.endswith(".gz") else path.open("rb") as file:
-            raw = file.read(_HEAD)
-            whole = not file.read(1)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: damaged gzip file ({error}); copy it again") from None
-    try:
-        return raw.decode("utf-8-sig"), whole
-    except UnicodeDecodeError as error:
-        if not whole and error.start > len(raw) - 4:  # a character cut in two by the reading
-            return raw[: error.start].decode("utf-8-sig"), whole
-        line = raw.count(b"\n", 0, error.start) + 1
-        got = f"byte 0x{raw[error.start]:02x}"
-        raise UserError(f"{path}:{line}: {got} is not UTF-8; convert it: iconv -f ENCODING -t UTF-8") from None
-
-
-def _header(path: Path, text: str, separator: str) -> list[str]:
-    rows = csv.reader(text.splitlines(keepends=True), delimiter=separator)
-    try:
-        header, first = next(rows, []), next(filter(None, rows), None)
-    except csv.Error as error:
-        raise UserError(f"{path}: broken beginning: {error}") from None
-    if not any(header):
-        raise UserError(f"{path}:1: the header is empty; allowed: column names in the first line")
-    if first is None:
-        raise UserError(f"{path}: a header without rows; allowed: at least one row")
-    return header
+    if kind == SAVED:
+        return list(_json(saved_folder(path, split) / "dataset_info.json").get("features") or {}) or None
+    if kind in TEXTS:
+        names: list[str] = []
+        rows = list(islice(read_text(path, lambda columns: names.extend(columns) or columns), _LOOKED_AT))
+        if not rows:
+            raise UserError(f"{path}: has no rows; allowed: at least 1")
+        if bad := next((row for row in rows if isinstance(row[1], str)), None):
+            raise UserError(f"{path}:{bad[0]}: {bad[1]}")
+        return names
+    with path.open("rb") as file:
+        head = file.read(4)
+        file.seek(max(-4, -path.stat().st_size), os.SEEK_END)
+        if head != b"PAR1" or file.read(4) != b"PAR1":
+            raise UserError(f"{path}: no whole Parquet file (it starts and ends with PAR1); copy or write it again")
+    return None
 
 
 def _json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file, an empty one if there is no file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    value = read_json(path) if path.is_file() else {}
     return value if isinstance(value, dict) else {"items": value}
 
 
@@ -288,15 +194,14 @@ def _model_problems(model: Model, dims: Sequence[int], folder: Path) -> list[str
         return [f"model.path: {error}"]
     if width and (wide := [dim for dim in dims if dim > width]):
         problems.append(f"loss.dims: got {', '.join(map(str, wide))}, {model.path} has {width}; allowed: 1 to {width}")
-    first = _POSITIONS_FROM.get(settings.get("model_type", ""))
-    positions = settings.get("max_position_embeddings")
-    if first is not None and isinstance(positions, int):
+    kind, positions = settings.get("model_type", ""), settings.get("max_position_embeddings")
+    if isinstance(positions, int) and kind in (*_POSITIONS_FROM_0, *_POSITIONS_FROM_2):
+        positions -= 2 if kind in _POSITIONS_FROM_2 else 0
         for key in ("max_seq_length", "max_query_length"):
             length = getattr(model, key)
-            if length is not None and length > positions - first:
+            if length is not None and length > positions:
                 problems.append(
-                    f"model.{key}: got {length}, {model.path} has positions for {positions - first}; "
-                    f"allowed: 2 to {positions - first}"
+                    f"model.{key}: got {length}, {model.path} has positions for {positions}; allowed: 2 to {positions}"
                 )
     if not _weights(folder):
         problems.append(f"model.path: {model.path} holds no weights; allowed: model.safetensors or pytorch_model.bin")
@@ -333,9 +238,7 @@ def _weights(folder: Path) -> int:
 
 
 def _disk_problems(config: RunConfig, run_dir: Path, model: Path | None) -> list[str]:
-    above = run_dir
-    while not above.exists() and above != above.parent:
-        above = above.parent
+    above = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     elsewhere = "choose another: train.run_dir=FOLDER"
     if not above.is_dir():
         return [f"train.run_dir: {run_dir} cannot be made, {above} is a file; {elsewhere}"]

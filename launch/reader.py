@@ -6,7 +6,7 @@ schema, so that what is said to be allowed is what the fields of `launch/config.
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +83,10 @@ def run_directory(config: RunConfig, path: Path) -> Path:
     return Path(config.train.run_dir) if config.train.run_dir else Path("runs") / run_name(path)
 
 
-def did_you_mean(word: str, words: Sequence[str], before: str = "; ") -> str:
+def did_you_mean(word: str, words: Iterable[str]) -> str:
     """`; did you mean WORD?` with the nearest of `words`, or nothing where none is near."""
     near = difflib.get_close_matches(word, list(words), n=1)
-    return f"{before}did you mean {near[0]}?" if near else ""
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def near_file(path: Path, suffixes: Sequence[str] = ()) -> str:

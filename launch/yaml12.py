@@ -11,17 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, events
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import (
-    AliasEvent,
-    DocumentStartEvent,
-    MappingEndEvent,
-    MappingStartEvent,
-    ScalarEvent,
-    SequenceEndEvent,
-    StreamEndEvent,
-)
 
 from launch.errors import UserError
 
@@ -36,6 +27,8 @@ WORDS = {word: value for value, words in {
     True: ("true", "True", "TRUE"),
     False: ("false", "False", "FALSE"),
 }.items() for word in words}  # fmt: skip
+# Texts that are written without quotes, unless they would be read as a number or a word.
+_PLAIN = re.compile(r"\.{0,2}/?[A-Za-z][A-Za-z0-9_./+-]*")
 
 DEEPEST = 20
 
@@ -64,13 +57,13 @@ def parse_yaml(text: str, at: Place) -> Document:
     """Values and places of one YAML text; raises UserError for broken YAML."""
     document = Document(places={(): at(1)})
     try:
-        events = iter(YAML(typ="safe", pure=True).parse(text))
-        kinds = [next(events) for _ in range(2)]
-        if isinstance(kinds[1], DocumentStartEvent):
-            document.value = _build(next(events), events, (), document, at)
-            next(events)
-            extra = next(events)
-            if not isinstance(extra, StreamEndEvent):
+        stream = iter(YAML(typ="safe", pure=True).parse(text))
+        next(stream)
+        if isinstance(next(stream), events.DocumentStartEvent):
+            document.value = _build(next(stream), stream, (), document, at)
+            next(stream)
+            extra = next(stream)
+            if not isinstance(extra, events.StreamEndEvent):
                 line = extra.start_mark.line + 1
                 raise UserError(f"{at(line)[1]}: got a second document (---), allowed: one")
     except MarkedYAMLError as error:
@@ -86,19 +79,19 @@ def parse_yaml(text: str, at: Place) -> Document:
     return document
 
 
-def _build(event: Any, events: Iterator[Any], path: KeyPath, document: Document, at: Place) -> Any:
+def _build(event: Any, stream: Iterator[Any], path: KeyPath, document: Document, at: Place) -> Any:
     """The value that starts with `event`."""
     line = event.start_mark.line + 1
     document.places.setdefault(path, at(line))
     if len(path) > DEEPEST:
         raise UserError(f"{at(line)[1]}: nested deeper than {DEEPEST} levels")
-    if isinstance(event, AliasEvent) or event.anchor:
+    if isinstance(event, events.AliasEvent) or event.anchor:
         document.report(path, "anchors (&) and aliases (*) are not read; write the value out")
     elif event.tag:
         document.report(path, f"tags are not read, got {event.tag}; write the value without it")
-    if isinstance(event, AliasEvent):
+    if isinstance(event, events.AliasEvent):
         return None
-    if isinstance(event, ScalarEvent):
+    if isinstance(event, events.ScalarEvent):
         try:
             event.value.encode()  # refuses half a surrogate pair, which no file can hold
             return event.value if event.style else _plain(event.value)
@@ -109,21 +102,21 @@ def _build(event: Any, events: Iterator[Any], path: KeyPath, document: Document,
             hint = "put quotes around it if it is text"
             document.report(path, f"got {shortened(event.value)}, allowed: a finite number; {hint}")
             return None
-    if not isinstance(event, MappingStartEvent):
+    if not isinstance(event, events.MappingStartEvent):
         items = []
-        while not isinstance(event := next(events), SequenceEndEvent):
-            items.append(_build(event, events, (*path, len(items)), document, at))
+        while not isinstance(event := next(stream), events.SequenceEndEvent):
+            items.append(_build(event, stream, (*path, len(items)), document, at))
         return items
     values: dict[str, Any] = {}
-    while not isinstance(event := next(events), MappingEndEvent):
+    while not isinstance(event := next(stream), events.MappingEndEvent):
         line = event.start_mark.line + 1
-        if not isinstance(event, ScalarEvent):
+        if not isinstance(event, events.ScalarEvent):
             raise UserError(f"{at(line)[1]}: a key must be text; got a list, a mapping or an alias")
         inner = (*path, event.value)
         if event.value in values:
             document.problems.append((at(line)[0], f"{at(line)[1]}: {dotted(inner)}: this key stands here twice"))
         document.places[inner] = at(line)
-        values[event.value] = _build(next(events), events, inner, document, at)
+        values[event.value] = _build(next(stream), stream, inner, document, at)
     return values
 
 
@@ -156,7 +149,7 @@ def dump_yaml(values: dict[str, Any]) -> str:
 
 def _block(values: dict[str, Any], indent: str) -> Iterator[str]:
     for key, value in values.items():
-        name = f"{indent}{_scalar(key)}:"
+        name = f"{indent}{inline(key)}:"
         if isinstance(value, dict) and value:
             yield name
             yield from _block(value, indent + "  ")
@@ -167,21 +160,12 @@ def _block(values: dict[str, Any], indent: str) -> Iterator[str]:
                 yield f"{indent}  - {first.strip()}"
                 yield from rest
         else:
-            yield f"{name} {_flow(value)}"
+            yield f"{name} {inline(value)}"
 
 
-def _flow(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_scalar(key)}: {_flow(inner)}" for key, inner in value.items()) + "}"
-    return "[" + ", ".join(map(_flow, value)) + "]" if isinstance(value, list) else _scalar(value)
-
-
-def _scalar(value: Any) -> str:
-    """One scalar: plain where that is read back as the same value, else in double quotes with escapes."""
-    if not isinstance(value, str):
-        return json.dumps(value)
-    number_or_word = value in WORDS or INTEGER.fullmatch(value) or FLOAT.fullmatch(value)
-    if re.fullmatch(r"\.{0,2}/?[A-Za-z][A-Za-z0-9_./+-]*", value) and not number_or_word:
+def inline(value: Any) -> str:
+    """A value in one line: JSON, which is YAML, or a plain text where that is read back as the same text."""
+    if isinstance(value, str) and _PLAIN.fullmatch(value) and value == _plain(value):
         return value
     return re.sub(
         r"[^ -~\n]",

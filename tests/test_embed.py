@@ -54,20 +54,11 @@ def test_prompt_length_and_kind_reach_the_model(minilm: Any) -> None:
     assert np.abs(short - got).max() > 0.01
 
 
-def test_without_normalisation(minilm: Any) -> None:
-    del minilm[2]  # all-MiniLM normalises by itself
-    got = embed(
-        minilm,
-        texts(5),
-        "document",
-        prompt=None,
-        max_length=None,
-        batch_tokens=900,
-        world=ALONE,
-        normalize=False,
-    )
-    np.testing.assert_allclose(got, minilm.encode(texts(5)), atol=1e-5)
-    assert np.linalg.norm(got, axis=1).min() > 1.5
+def test_vectors_of_a_model_that_does_not_normalise_have_unit_length_too(minilm: Any) -> None:
+    del minilm[2]
+    got = embed(minilm, texts(5), "document", prompt=None, max_length=None, batch_tokens=900, world=ALONE)
+    assert np.linalg.norm(minilm.encode(texts(5)), axis=1).min() > 1.5
+    np.testing.assert_allclose(got, minilm.encode(texts(5), normalize_embeddings=True), atol=1e-6)
 
 
 def test_distinct_texts_go_through_the_model_once_and_batches_keep_the_budget(minilm: Any) -> None:

@@ -79,15 +79,29 @@ def test_a_shard_folder_as_data_tools_write_it(rows: Path) -> None:
         ("no/train", None, "no/train: no such file or folder; make it: nestling data docstrings --out no"),
         ("x.xlsx", b"PK", "got suffix '.xlsx', allowed: .jsonl, .jsonl.gz, .json, .csv, .tsv, .parquet or a folder"),
         ("x.jsonl", b"", "x.jsonl: the file is empty; allowed: at least one row"),
-        ("x.jsonl", b"\n\n", "x.jsonl: the file holds no row"),
-        ("x.jsonl", b"{anchor: 1}\n", "x.jsonl: its first row is no JSON"),
-        ("x.jsonl", b"[1]\n", "x.jsonl: its first row is a list; allowed: one JSON object a line"),
-        ("x.jsonl", b'{"anchor": "\xe9"}\n', "x.jsonl:1: byte 0xe9 is not UTF-8; convert it: iconv"),
-        ("x.jsonl.gz", b"no gzip", "x.jsonl.gz: damaged gzip file"),
-        ("x.jsonl.gz", gzip.compress(b"{}\n")[:-4], "x.jsonl.gz: damaged gzip file"),
+        ("x.jsonl", b"\n\n", "x.jsonl: has no rows; allowed: at least 1"),
+        (
+            "x.jsonl",
+            b"{anchor: 1}\n",
+            "x.jsonl:1: broken JSON: Expecting property name enclosed in double quotes at column 2",
+        ),
+        (
+            "x.jsonl",
+            b"[1]\n",
+            "x.jsonl:1: got a JSON document that is one list or spans lines, allowed: one object a line",
+        ),
+        ("x.jsonl", b'{"anchor": "a"}\n3\n', "x.jsonl:2: got a JSON number, allowed: an object with named columns"),
+        (
+            "x.jsonl",
+            b'{"anchor": "\xe9"}\n',
+            "x.jsonl:1: byte 13 of the line is 0xe9, which is not UTF-8; convert the file: iconv",
+        ),
+        ("x.jsonl.gz", b"no gzip", "x.jsonl.gz: gzip is damaged after line 0"),
+        ("x.jsonl.gz", gzip.compress(b"{}\n")[:-4], "x.jsonl.gz: gzip is damaged after line 1"),
         ("x.parquet", b"PAR1 cut short", "x.parquet: no whole Parquet file"),
-        ("x.csv", b"anchor,positive\n", "x.csv: a header without rows"),
+        ("x.csv", b"anchor,positive\n", "x.csv: has no rows; allowed: at least 1"),
         ("x.csv", b"\n\n", "x.csv:1: the header is empty"),
+        ("x.csv", b'a,b\n"c"d,e\n', "x.csv:2: broken CSV"),
         ("x.csv", b"question,positive\na,b\n", "needs a column anchor, x.csv has none; its columns are question, pos"),
         ("x.csv", b"anchor;positive\na;b\n", "needs a column anchor, x.csv has none; its columns are anchor;positive"),
     ],
@@ -125,8 +139,7 @@ def test_columns_against_the_file(rows: Path) -> None:
     assert _problems({"path": "q.csv", "columns": {"anchor": "question", "positive": "answer"}}) == []
     [line] = _problems({"path": "q.csv", "columns": {"anchor": "questoin", "positive": "answer"}})
     assert line == (
-        "data.sources.0.columns.anchor: q.csv has no column 'questoin'; allowed: question, answer; "
-        "did you mean question?"
+        "data.sources.0: q.csv has no column 'questoin' (for anchor); allowed: question, answer; did you mean question?"
     )
     [line] = _problems({"hub": "owner/rows", "columns": {"anchor": "question"}})
     assert line == (

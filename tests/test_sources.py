@@ -234,18 +234,18 @@ def test_bad_shards_are_named(tmp_path):
 
 
 BAD_FILES = [
-    ("e.jsonl", b"", r"e\.jsonl: empty file \(0 bytes\)"),
+    ("e.jsonl", b"", r"e\.jsonl: the file is empty; allowed: at least one row"),
     ("e.jsonl", b"\n\n", r"has no rows"),
     ("e.csv", b"anchor,positive\n", r"has no rows"),
-    ("e.xlsx", b"x", r"unknown kind of file '\.xlsx', allowed: \.jsonl"),
+    ("e.xlsx", b"x", r"got suffix '\.xlsx', allowed: \.jsonl"),
     ("e.json", b'[\n{"anchor": "a"}\n]', r"e\.json:1: .*one object a line; convert it: jq"),
     (
         "e.jsonl",
         b'{"question": "a", "answer": "b"}\n',
-        r"it has: 'question', 'answer'.*anchor: question, positive: answer",
+        r"its columns are question, answer; write columns: \{anchor: question, positive: answer\}",
     ),
-    ("e.jsonl", b'{"Anchor": "a", "text": "b"}\n', r"did you mean columns: \{anchor: Anchor"),
-    ("e.csv", b"anchor;positive\na;b\n", r"no column 'anchor'.*semicolons"),
+    ("e.jsonl", b'{"Anchor": "a", "text": "b"}\n', r"write columns: \{anchor: Anchor"),
+    ("e.csv", b"anchor;positive\na;b\n", r"needs a column anchor.*semicolons"),
     ("e.csv", b"anchor,anchor\na,b\n", r"'anchor' stands there twice"),
     (
         "e.csv",
@@ -353,11 +353,11 @@ def test_missing_names_are_guessed(tmp_path):
     assert f"did you mean {tmp_path / 'train.jsonl'}?" in refused(tmp_path / "trian.jsonl")[0]
     assert f"the folder {tmp_path / 'no'} does not exist" in str(_error(tmp_path / "no" / "a.jsonl"))
     (tmp_path / "folder").mkdir()
-    assert "folder holds nothing; allowed: shards" in str(_error(tmp_path / "folder"))
+    assert "folder without manifest.json (shards)" in str(_error(tmp_path / "folder"))
     told = refused(tmp_path / "train.jsonl", columns={"anchor": "anchr"})
-    assert "no column 'anchr' (for anchor); it has: 'anchor', 'positive'; did you mean 'anchor'?" in told[0]
+    assert "has no column 'anchr' (for anchor); allowed: anchor, positive; did you mean anchor?" in told[0]
     told = refused(tmp_path / "train.jsonl", columns={"positive": "positive"})
-    assert "no column 'anchor'" in told[0]
+    assert "needs a column anchor" in told[0]
 
 
 def test_byte_order_mark_and_windows_line_ends(tmp_path):

@@ -3,6 +3,7 @@
 `ROOT/KEY/NAME.bin` with a manifest of facts and hashes; a folder whose files differ from its manifest is built again.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ import xxhash
 from data_tools import object_store
 from data_tools.shards import MANIFEST
 from launch.errors import UserError
-from launch.files import exclusive, publish_folder, remove_folder, write_json
+from launch.files import exclusive, new_folder, remove_folder, write_json
 
 
 def array_folder(
@@ -35,23 +36,17 @@ def array_folder(
     with exclusive(root / f".{key}.lock"):
         if not _is_whole(folder, facts, dtypes):
             remove_folder(folder)
-            partial = folder.with_name(f".partial-{key}")
-            remove_folder(partial)
             try:
-                partial.mkdir(parents=True)
-                fetched = url is not None and _fetched(f"{url}/{key}", partial, facts, dtypes)
-                if not fetched:
-                    build(partial)
-                write_json(
-                    partial / MANIFEST, {"facts": facts, "files": {n: _hash(partial / f"{n}.bin") for n in dtypes}}
-                )
-                publish_folder(partial, folder)
+                with new_folder(folder) as partial:
+                    fetched = url is not None and _fetched(f"{url}/{key}", partial, facts, dtypes)
+                    if not fetched:
+                        build(partial)
+                    files = {name: _hash(partial / f"{name}.bin") for name in dtypes}
+                    write_json(partial / MANIFEST, {"facts": facts, "files": files})
                 if url is not None and not fetched:
                     object_store.publish_folder_to(f"{url}/{key}", folder)
             except OSError as error:
-                raise UserError(f"data.cache_dir: cannot write {partial}: {error.strerror}") from error
-            finally:
-                remove_folder(partial)
+                raise UserError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from error
     return {name: np.memmap(folder / f"{name}.bin", dtype, "r") for name, dtype in dtypes.items()}
 
 
@@ -81,8 +76,5 @@ def _is_whole(folder: Path, facts: dict[str, Any], names: Mapping[str, Any]) -> 
 
 
 def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

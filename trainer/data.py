@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.shards import Manifest, read_manifest
+from data_tools.shards import read_manifest
 from data_tools.sources import import_source
 from launch import config as schema
 from launch.errors import UserError
@@ -30,7 +30,14 @@ def open_sources(
     for source in sources:
         folder = import_source(source, cache_dir, max_rows)
         manifest = read_manifest(folder)
-        parts.append(_open(folder, manifest, cache_dir, datasets))
+        files: list[Any] = [str(folder / shard.name) for shard in manifest.shards]
+        datasets.utils.disable_progress_bars()
+        try:
+            rows = datasets.Dataset.from_parquet(files, cache_dir=str(cache_dir / "arrow"))
+        finally:
+            datasets.utils.enable_progress_bars()
+        roles = [column for column in rows.column_names if schema.ROLE.fullmatch(column)]
+        parts.append(rows.select_columns(sorted(roles, key=_position)))
         facts.append(
             {
                 "name": source.name,
@@ -67,18 +74,6 @@ def refuse_gaps(rows: Any, facts: Sequence[dict[str, Any]], columns: Sequence[st
 
 def _no_negatives(rows: Any) -> list[str]:
     return [column for column in rows.column_names if not column.startswith("negative")]
-
-
-def _open(folder: Path, manifest: Manifest, cache_dir: Path, datasets: Any) -> Any:
-    files = [str(folder / shard.name) for shard in manifest.shards]
-    quiet = datasets.utils.logging.is_progress_bar_enabled()
-    datasets.utils.logging.disable_progress_bar()
-    try:
-        rows = datasets.Dataset.from_parquet(files, cache_dir=str(cache_dir / "arrow"))
-    finally:
-        if quiet:
-            datasets.utils.logging.enable_progress_bar()
-    return rows.select_columns(sorted((c for c in rows.column_names if schema.ROLE.fullmatch(c)), key=_position))
 
 
 def _position(role: str) -> tuple[int, int]:

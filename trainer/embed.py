@@ -31,9 +31,8 @@ def embed(
     max_length: int | None,
     batch_tokens: int,
     world: "World",
-    normalize: bool = True,
 ) -> np.ndarray:
-    """Vectors of `texts` in their order, float32 [n, d], unit length unless `normalize` is false.
+    """Vectors of `texts` in their order, float32 [n, d], of unit length.
 
     All ranks must call with the same texts; every rank gets the whole array. `prompt` is put before every
     text, None = nothing is. `max_length` in tokens with prompt and special tokens, None = the model's own.
@@ -42,9 +41,6 @@ def embed(
     """
     import torch
 
-    width = model.get_embedding_dimension()
-    if not texts:
-        return np.zeros((0, width or 0), dtype=np.float32)
     distinct: dict[str, int] = {}
     places = np.fromiter((distinct.setdefault(text, len(distinct)) for text in texts), np.int64, len(texts))
     unique = list(distinct)
@@ -54,21 +50,15 @@ def embed(
 
     lengths = _lengths(model, unique, arguments, world)
     stripes = deal(lengths, world.world_size)
-    vectors: np.ndarray | None = None
+    vectors = np.empty((len(unique), model.get_embedding_dimension() or 0), dtype=np.float32)
     with _evaluating(model), Progress(f"embedding {kind} texts", len(unique), "texts", world.rank == 0) as progress:
         for first, last in cuts(lengths[stripes].max(axis=1), batch_tokens):
             batch = [unique[i] for i in stripes[first:last, world.rank]]
             features = model.preprocess(batch, **arguments)
             features = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in features.items()}
-            out = model(features, task=kind)["sentence_embedding"].float()
-            if normalize:
-                out = torch.nn.functional.normalize(out, dim=1)
-            gathered = _gather(out, world).cpu().numpy()  # [world, rows, d]
-            if vectors is None:
-                vectors = np.empty((len(unique), gathered.shape[-1]), dtype=np.float32)
-            vectors[stripes[first:last].T] = gathered
+            out = torch.nn.functional.normalize(model(features, task=kind)["sentence_embedding"].float(), dim=1)
+            vectors[stripes[first:last].T] = _gather(out, world).cpu().numpy()  # [world, rows, d]
             progress.to(min(last * world.world_size, len(unique)))
-    assert vectors is not None
     return vectors[places]
 
 
@@ -124,10 +114,9 @@ def _gather(vectors: "torch.Tensor", world: "World") -> "torch.Tensor":
 
     if world.world_size == 1:
         return vectors[None]
-    rows, width = vectors.shape
-    out = vectors.new_empty((world.world_size * rows, width))
+    out = vectors.new_empty(world.world_size * len(vectors), vectors.shape[1])
     torch.distributed.all_gather_single(out, vectors.contiguous())
-    return out.view(world.world_size, rows, width)
+    return out.view(world.world_size, *vectors.shape)
 
 
 @contextmanager

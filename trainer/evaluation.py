@@ -15,6 +15,7 @@ from launch.errors import UserError
 from trainer import metrics
 
 MAIN_METRIC = "ndcg@10"
+_ARTIFACT = "pytorch"  # what the vectors come from
 _EXAMPLES = 10  # most improved and most hurt queries that are kept with their texts
 _PASSAGES = 3  # best passages shown per example and model
 
@@ -29,7 +30,7 @@ class RetrievalSet:
 
     def __post_init__(self) -> None:
         if not self.queries:
-            raise UserError("evaluate.sources: no queries; give held-out rows with anchor and positive")
+            raise UserError("evaluate.sources: no rows, so no queries; give held-out rows with anchor and positive")
         if len(self.documents) < 2:
             raise UserError(
                 f"evaluate.sources: got {len(self.documents)} distinct positive(s), allowed: at least 2, "
@@ -38,16 +39,12 @@ class RetrievalSet:
         for query, documents in zip(self.queries, self.relevant, strict=True):
             if not documents or not all(0 <= d < len(self.documents) for d in documents):
                 raise UserError(
-                    f"evaluate.sources: query {query[:80]!r} has no relevant document in the corpus; "
-                    f"leave that query out"
+                    f"evaluate.sources: query {query[:80]!r} has no relevant document in the corpus; leave it out"
                 )
 
 
 def retrieval_set(
-    rows: Iterable[dict[str, Any]],
-    max_queries: int | None = None,
-    max_documents: int | None = None,
-    seed: int = 0,
+    rows: Iterable[dict[str, Any]], max_queries: int | None = None, max_documents: int | None = None, seed: int = 0
 ) -> RetrievalSet:
     """Distinct anchors are queries, distinct positives documents; all positives of an anchor are relevant.
 
@@ -65,8 +62,6 @@ def retrieval_set(
                 f"set columns of the source"
             )
         answers.setdefault(anchor, set()).add(positive)
-    if not answers:
-        raise UserError("evaluate.sources: no rows; give held-out rows with anchor and positive")
 
     def place(text: str) -> bytes:
         key = seed.to_bytes(16, "little", signed=True)
@@ -88,11 +83,7 @@ def retrieval_set(
 
 
 def evaluate(
-    retrieval: RetrievalSet,
-    vectors: dict[str, tuple[np.ndarray, np.ndarray]],
-    dims: Sequence[int],
-    artifact: str = "pytorch",
-    seed: int = 0,
+    retrieval: RetrievalSet, vectors: dict[str, tuple[np.ndarray, np.ndarray]], dims: Sequence[int], seed: int = 0
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(evaluation, queries): the contents of evaluation.json and of evaluation_queries.json.
 
@@ -122,7 +113,7 @@ def evaluate(
     results = [
         {
             "model": name,
-            "artifact": artifact,
+            "artifact": _ARTIFACT,
             "dim": dim,
             "metric": metric,
             "value": float(values[:, i].mean()),
@@ -139,12 +130,12 @@ def evaluate(
         if base != tuned:
             pairs = [(column(base, dim, metric), column(tuned, dim, metric)) for dim in dims]
             for dim, outcome in zip(dims, _outcomes(pairs, seed), strict=True):
-                fixed = {"a": base, "b": tuned, "artifact": artifact, "dim": dim, "metric": metric}
-                comparisons.append(fixed | outcome)
+                sides = {"a": base, "b": tuned, "artifact": _ARTIFACT, "dim": dim}
+                comparisons.append(sides | {"metric": metric} | outcome)
         pairs = [(column(tuned, dims[0], metric), column(tuned, dim, metric)) for dim in dims[1:]]
         for dim, outcome in zip(dims[1:], _outcomes(pairs, seed), strict=True):
-            sides = {side: {"artifact": artifact, "dim": d} for side, d in (("a", dims[0]), ("b", dim))}
-            tradeoffs.append({"model": tuned, **sides, "metric": metric} | outcome)
+            sides = {side: {"artifact": _ARTIFACT, "dim": d} for side, d in (("a", dims[0]), ("b", dim))}
+            tradeoffs.append({"model": tuned, "metric": metric} | sides | outcome)
 
     evaluation = {
         "results": results,
@@ -155,50 +146,34 @@ def evaluate(
     return evaluation, _examples(retrieval, vectors, scores, dims[0])
 
 
-def table(evaluation: dict[str, Any], metric: str = MAIN_METRIC) -> str:
+def table(evaluation: dict[str, Any]) -> str:
     """Plain text, one line a dim: base, tuned, difference with interval and p, bytes, share kept."""
-    rows = rows_by_dim(evaluation, metric)
-    if not rows:
-        return f"no results for {metric}"
-    head = [
-        "dim",
-        "base",
-        "tuned",
-        "difference [95 % interval]",
-        "p (Holm)",
-        "bytes/vector",
-        "kept",
-        "ms/search",
+    rows = rows_by_dim(evaluation, MAIN_METRIC)
+
+    def shown(form: str, *values: Any) -> str:
+        return "-" if values[0] is None else form.format(*values)
+
+    change = "{:+.4f} [{:+.4f}, {:+.4f}]"
+    columns = [
+        ["dim", *(str(row["dim"]) for row in rows)],
+        *([name, *(shown("{:.4f}", row[name] and row[name]["value"]) for row in rows)] for name in ("base", "tuned")),
+        ["difference [95 % interval]", *(shown(change, row["difference"], *(row["ci95"] or ())) for row in rows)],
+        ["p (Holm)", *(format_p(row["p_holm"]) for row in rows)],
+        ["bytes/vector", *(str(row["bytes"]) for row in rows)],
+        ["kept", *(shown("{:.1f} %", row["kept"] and 100 * row["kept"]) for row in rows)],
+        ["ms/search", *(shown("{:.2f}", row["ms"]) for row in rows)],
     ]
-    lines = [head]
-    for row in rows:
-        change = "-"
-        if row["difference"] is not None:
-            change = f"{row['difference']:+.4f} [{row['ci95'][0]:+.4f}, {row['ci95'][1]:+.4f}]"
-        lines.append(
-            [
-                str(row["dim"]),
-                *("-" if row[name] is None else f"{row[name]['value']:.4f}" for name in ("base", "tuned")),
-                change,
-                format_p(row["p_holm"]),
-                str(row["bytes"]),
-                "-" if row["kept"] is None else f"{100 * row['kept']:.1f} %",
-                "-" if row["ms"] is None else f"{row['ms']:.2f}",
-            ]
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    aligned = [[cell.rjust(max(map(len, column))) for cell in column] for column in columns]
+    text = ["  ".join(line) for line in zip(*aligned, strict=True)]
     one = evaluation["results"][0]
-    return "\n".join([f"{metric} over {one['queries']} queries and {one['documents']} documents", *text])
+    return "\n".join([f"{MAIN_METRIC} over {one['queries']} queries and {one['documents']} documents", *text])
 
 
-def rows_by_dim(evaluation: dict[str, Any], metric: str, artifact: str = "pytorch") -> list[dict[str, Any]]:
+def rows_by_dim(evaluation: dict[str, Any], metric: str) -> list[dict[str, Any]]:
     """What `table` and the report show of a metric: a dictionary a dim, largest first, None if unknown."""
 
     def chosen(kind: str) -> list[dict[str, Any]]:
-        return [
-            e for e in evaluation.get(kind, []) if e["metric"] == metric and e.get("artifact", artifact) == artifact
-        ]
+        return [entry for entry in evaluation.get(kind, []) if entry["metric"] == metric]
 
     results = {(entry["model"], entry["dim"]): entry for entry in chosen("results")}
     compared = {entry["dim"]: entry for entry in chosen("comparisons")}
@@ -209,16 +184,12 @@ def rows_by_dim(evaluation: dict[str, Any], metric: str, artifact: str = "pytorc
         base, tuned = results.get(("base", dim)), results.get(("tuned", dim))
         last = tuned or base
         full = (rows[0]["tuned"] or rows[0]["base"]) if rows else last
-        difference = compared.get(dim, {})
         rows.append(
             {
                 "dim": dim,
                 "base": base,
                 "tuned": tuned,
-                "difference": difference.get("difference"),
-                "ci95": difference.get("ci95"),
-                "p": difference.get("p"),
-                "p_holm": difference.get("p_holm", difference.get("p")),
+                **{key: compared.get(dim, {}).get(key) for key in ("difference", "ci95", "p_holm")},
                 "bytes": 4 * dim,
                 "kept": last["value"] / full["value"] if last and full and full["value"] else None,
                 "tradeoff": traded.get(dim),
@@ -240,15 +211,10 @@ def _outcomes(pairs: list[tuple[np.ndarray, np.ndarray]], seed: int) -> list[dic
     if not pairs:
         return []
     found = metrics.compare(*(np.stack(side, axis=1) for side in zip(*pairs, strict=True)), seed=seed)
-    corrected = metrics.holm(found.p.tolist())
+    numbers = (side.tolist() for side in (found.difference, found.low, found.high, found.p))
     return [
-        {
-            "difference": float(found.difference[i]),
-            "ci95": [float(found.low[i]), float(found.high[i])],
-            "p": float(found.p[i]),
-            "p_holm": corrected[i],
-        }
-        for i in range(len(pairs))
+        {"difference": difference, "ci95": [low, high], "p": p, "p_holm": corrected}
+        for difference, low, high, p, corrected in zip(*numbers, metrics.holm(found.p.tolist()), strict=True)
     ]
 
 
@@ -260,8 +226,7 @@ def _examples(
 ) -> dict[str, Any]:
     """Queries that gained and lost most between the first and the last model, with their best passages."""
     base, tuned = next(iter(vectors)), list(vectors)[-1]
-    before, after = scores[base][dim][MAIN_METRIC], scores[tuned][dim][MAIN_METRIC]
-    change = after - before
+    change = scores[tuned][dim][MAIN_METRIC] - scores[base][dim][MAIN_METRIC]
     order = np.argsort(-change, kind="stable")
     improved = [int(i) for i in order[:_EXAMPLES] if change[i] > 0]
     hurt = [int(i) for i in order[::-1][:_EXAMPLES] if change[i] < 0]
@@ -272,33 +237,29 @@ def _examples(
         for name, (queries, documents) in vectors.items()
     }
 
-    def best(name: str, i: int) -> dict[str, Any]:
-        place = int(np.flatnonzero(chosen == i)[0])
+    def best(name: str, place: int, i: int) -> dict[str, Any]:
         ranked = zip(*(part[place].tolist() for part in found[name]), strict=True)
         top = [
             {"document": retrieval.documents[d], "cosine": c, "relevant": d in retrieval.relevant[i]} for d, c in ranked
         ]
         return {"value": float(scores[name][dim][MAIN_METRIC][i]), "top": top}
 
-    def example(i: int) -> dict[str, Any]:
-        answers = sorted(retrieval.relevant[i])
-        return {
+    examples = [
+        {
             "query": retrieval.queries[i],
-            "relevant": [retrieval.documents[d] for d in answers[:_PASSAGES]],
-            "relevant_count": len(answers),
+            "relevant": [retrieval.documents[d] for d in sorted(retrieval.relevant[i])[:_PASSAGES]],
+            "relevant_count": len(retrieval.relevant[i]),
             "difference": float(change[i]),
-            "base": best(base, i),
-            "tuned": best(tuned, i),
+            "base": best(base, place, i),
+            "tuned": best(tuned, place, i),
         }
-
+        for place, i in enumerate(improved + hurt)
+    ]
+    counts = {"improved": change > 0, "same": change == 0, "hurt": change < 0}
     return {
         "metric": MAIN_METRIC,
         "dim": dim,
-        "counts": {
-            "improved": int((change > 0).sum()),
-            "same": int((change == 0).sum()),
-            "hurt": int((change < 0).sum()),
-        },
-        "improved": [example(i) for i in improved],
-        "hurt": [example(i) for i in hurt],
+        "counts": {name: int(held.sum()) for name, held in counts.items()},
+        "improved": examples[: len(improved)],
+        "hurt": examples[len(improved) :],
     }

@@ -1,10 +1,8 @@
 """sentence-transformers' own losses by name, with strictly checked arguments, with or without Matryoshka.
 
-A run file holds numbers, strings and lists only; where a loss wants a function or a model, `_BY_NAME` says
-which words stand for which.
+A run file holds numbers, strings and lists only; where a loss wants a function or a model, words stand for it.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +15,7 @@ from torch import nn
 
 from launch import config as schema
 from launch.errors import UserError
+from launch.reader import did_you_mean
 
 _SIMILARITY = {"cos_sim": cos_sim, "dot_score": dot_score}
 _DISTANCE = {name.lower(): getattr(losses.TripletDistanceMetric, name) for name in ("COSINE", "EUCLIDEAN", "MANHATTAN")}
@@ -29,24 +28,11 @@ _LABEL_DISTANCE = {
     "cosine": losses.BatchHardTripletLossDistanceFunction.cosine_distance,
     "euclidean": losses.BatchHardTripletLossDistanceFunction.eucledian_distance,
 }
-_BY_NAME: dict[str, dict[str, Any]] = {"similarity_fct": _SIMILARITY}
-for _loss in ("TripletLoss",):
-    _BY_NAME[f"{_loss}.distance_metric"] = _DISTANCE
-for _loss in ("ContrastiveLoss", "OnlineContrastiveLoss"):
-    _BY_NAME[f"{_loss}.distance_metric"] = _SIAMESE
-for _loss in (
-    "BatchAllTripletLoss",
-    "BatchHardTripletLoss",
-    "BatchHardSoftMarginTripletLoss",
-    "BatchSemiHardTripletLoss",
-):
-    _BY_NAME[f"{_loss}.distance_metric"] = _LABEL_DISTANCE
+_OF_LOSS = {"TripletLoss": _DISTANCE, "ContrastiveLoss": _SIAMESE, "OnlineContrastiveLoss": _SIAMESE}
 
 
 def build_loss(
-    settings: schema.Loss,
-    model: SentenceTransformer,
-    load_guide: Callable[[str], SentenceTransformer] | None = None,
+    settings: schema.Loss, model: SentenceTransformer, load_guide: Callable[[str], SentenceTransformer] | None = None
 ) -> nn.Module:
     """The loss module that `settings` names, on `model`, wrapped in MatryoshkaLoss where dims are given.
 
@@ -60,10 +46,9 @@ def build_loss(
     arguments: dict[str, Any] = {}
     for name, value in settings.arguments.items():
         if name not in parameters:
-            close = difflib.get_close_matches(name, parameters, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
             raise UserError(
-                f"loss.arguments.{name}: {settings.name} has no such argument{hint}; allowed: {', '.join(parameters)}"
+                f"loss.arguments.{name}: {settings.name} has no such argument; allowed: {', '.join(parameters)}"
+                f"{did_you_mean(name, parameters)}"
             )
         arguments[name] = _argument(settings.name, name, value, load_guide)
     if "gather_across_devices" in parameters:
@@ -75,12 +60,8 @@ def build_loss(
         arguments["gather_across_devices"] = True
     if "embedding_dimension" in parameters:
         arguments.setdefault("embedding_dimension", model.get_embedding_dimension())
-    missing = [
-        k
-        for k, p in parameters.items()
-        if p.default is p.empty and k not in arguments and p.kind == p.POSITIONAL_OR_KEYWORD
-    ]
-    if missing:
+    wanted = [k for k, p in parameters.items() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
+    if missing := [name for name in wanted if name not in arguments]:
         raise UserError(f"loss.arguments: {settings.name} needs {', '.join(missing)}")
     width = model.get_embedding_dimension() or 0
     if settings.dims and settings.dims[0] > width:
@@ -100,8 +81,8 @@ def _argument(loss: str, name: str, value: Any, load_guide: Callable[[str], Sent
         if not isinstance(value, str) or load_guide is None:
             raise UserError(f"loss.arguments.guide: got {value!r}, allowed: path or hub name of a model")
         return load_guide(value)
-    table = _BY_NAME.get(f"{loss}.{name}") or _BY_NAME.get(name)
-    if table is not None:
+    by_name = {"similarity_fct": _SIMILARITY, "distance_metric": _OF_LOSS.get(loss, _LABEL_DISTANCE)}
+    if (table := by_name.get(name)) is not None:
         if value not in table:
             raise UserError(f"loss.arguments.{name}: got {value!r}, allowed: {', '.join(table)}")
         return table[value]

@@ -8,14 +8,14 @@ font, no image, and a policy in its head forbids the browser to fetch any. A mis
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launch.errors import UserError, exit_code
-from launch.files import fsync_path
+from launch.files import write_text
 from trainer.charts import Series, chart
 from trainer.evaluation import MAIN_METRIC, format_p, rows_by_dim
 
@@ -53,26 +53,17 @@ def write_report(run_dir: Path) -> Path:
     found, notes = _read(run_dir)
     if not found:
         raise UserError(f"report: {run_dir} holds none of {', '.join(_INPUTS)}; give a run's folder: runs/demo")
-    folder = Path(__file__).parent
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined
     )
-    environment.filters |= {
-        "p": format_p,
-        "words": _words,
-        "duration": _duration,
-        "pretty": _pretty,
-        "moment": _moment,
-    }
-    page = environment.get_template("report.html.jinja").render(_view(run_dir, found, notes))
-    target, partial = run_dir / PAGE, run_dir / f".{PAGE}.partial"
+    environment.filters |= {"p": format_p, "words": _words, "duration": _duration, "thousands": "{:,}".format}
+    environment.filters["pretty"] = partial(json.dumps, indent=2, ensure_ascii=False)
+    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
+    page = template.render(_view(run_dir, found, notes))
+    target = run_dir / PAGE
     try:
-        # Half of a surrogate pair can reach a text through JSON; UTF-8 cannot hold it.
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        fsync_path(partial)
-        os.replace(partial, target)
+        write_text(target, page)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"report: cannot write {target}: {error.strerror}") from error
     return target
 
@@ -82,18 +73,14 @@ def _read(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
     found: dict[str, Any] = {}
     notes = []
     for name, holds in _INPUTS.items():
-        path = run_dir / name
         try:
-            text = path.read_text(encoding="utf-8", errors="replace")
-            if name.endswith(".jsonl"):
-                found[name], broken = _records(text)
-                if broken:
-                    notes.append(f"{name}: {broken} unreadable line(s) left out")
-            else:
-                content = json.loads(text)
-                if not isinstance(content, dict):
-                    raise ValueError("not a JSON object")
+            text = (run_dir / name).read_text(encoding="utf-8", errors="replace")
+            if name == "metrics.jsonl":
+                found[name] = _records(text, notes)
+            elif isinstance(content := json.loads(text), dict):
                 found[name] = content
+            else:
+                raise ValueError("not a JSON object")
         except FileNotFoundError:
             notes.append(f"{name} is missing: no {holds}")
         except (OSError, ValueError) as error:
@@ -101,8 +88,8 @@ def _read(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
     return found, notes
 
 
-def _records(text: str) -> tuple[list[dict[str, Any]], int]:
-    """(steps in order, lines left out). A step that a restart did again counts once, as done last."""
+def _records(text: str, notes: list[str]) -> list[dict[str, Any]]:
+    """Steps in order; what is left out is noted. A step that a restart did again counts once, as done last."""
     steps: dict[int, dict[str, Any]] = {}
     broken = 0
     for line in text.splitlines():
@@ -111,7 +98,9 @@ def _records(text: str) -> tuple[list[dict[str, Any]], int]:
             steps[int(record["step"])] = record
         except (ValueError, KeyError, TypeError):
             broken += 1
-    return [steps[number] for number in sorted(steps)], broken
+    if broken:
+        notes.append(f"metrics.jsonl: {broken} unreadable line(s) left out")
+    return [steps[number] for number in sorted(steps)]
 
 
 def _view(run_dir: Path, found: dict[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -123,12 +112,15 @@ def _view(run_dir: Path, found: dict[str, Any], notes: list[str]) -> dict[str, A
         "name": run_dir.resolve().name,
         "run": run,
         "notes": notes,
-        "summary": [*_training_words(run, steps), *_quality_words(evaluation, rows)],
+        "evaluation": evaluation,
+        "verdict": _verdict(rows[0]) if rows else None,
+        "trade": _good_trade(rows) if rows else None,
+        "percent": f"{100 * _KEEPS:.0f} %",
+        "few_queries": _FEW_QUERIES,
         "metric": _LABEL,
         "rows": rows,
         "quality": _quality_chart(rows),
         "metrics": _all_metrics(evaluation),
-        "results": evaluation.get("results", []),
         "curves": _curves(steps),
         "steps": steps,
         "queries": found.get("evaluation_queries.json"),
@@ -136,74 +128,24 @@ def _view(run_dir: Path, found: dict[str, Any], notes: list[str]) -> dict[str, A
     }
 
 
-def _training_words(run: dict[str, Any], steps: list[dict[str, Any]]) -> list[str]:
-    if not run:
-        return []
-    config = run.get("config", {})
-    data = run.get("data") or []
-    pairs = sum(source.get("rows") or 0 for source in data)
-    names = ", ".join(str(source.get("name")) for source in data)
-    batch = config.get("train", {}).get("global_batch_size")
-    done = run.get("steps") or (steps[-1]["step"] if steps else None)
-    model = config.get("model", {}).get("path", "The model")
-    sentence = f"{model} was fine-tuned on {pairs:,} rows of {names or 'unnamed data'}"
-    if done and batch:
-        sentence += f", in {done:,} steps of {batch:,} rows"
-    if run.get("seconds", {}).get("train"):
-        sentence += f" that took {_duration(run['seconds']['train'])}"
-    words = [f"{sentence}."]
-    if not run.get("finished"):
-        words.append("The run has not finished: this page shows what there is so far.")
-    return words
-
-
-def _quality_words(evaluation: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    """Better or not, by how much, how surely, and which dim is a good trade."""
-    if not rows:
-        return []
-    full = rows[0]
-    any_result = evaluation["results"][0]
-    setting = f"over {any_result['queries']:,} held-out queries and {any_result['documents']:,} passages"
+def _verdict(full: dict[str, Any]) -> str | None:
+    """Whether the tuned model is better at full width; None where there is nothing to compare."""
     if full["difference"] is None:
-        one = full["tuned"] or full["base"]
-        return [f"{_LABEL} at {full['dim']} dims is {one['value']:.3f} {setting}; there is nothing to compare."]
+        return None
     low, high = full["ci95"]
     sure = full["p_holm"] < 0.05
     if sure and low > 0:
-        verdict = "The tuned model is better, and chance does not explain it"
-    elif sure and high < 0:
-        verdict = "The tuned model is worse than the base model, and chance does not explain it"
-    else:
-        verdict = "The evaluation does not tell the two models apart"
-    words = [
-        f"{verdict}: {_LABEL} at {full['dim']} dims went from {full['base']['value']:.3f} to "
-        f"{full['tuned']['value']:.3f} ({full['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, "
-        f"p {_p_words(full['p_holm'])}) {setting}."
-    ]
-    if any_result["queries"] < _FEW_QUERIES:
-        words.append(f"{any_result['queries']} queries are few: take the figures as a hint.")
-    if len(rows) > 1:
-        words.append(_trade_words(rows))
-    return words
+        return "The tuned model is better, and chance does not explain it"
+    if sure and high < 0:
+        return "The tuned model is worse than the base model, and chance does not explain it"
+    return "The evaluation does not tell the two models apart"
 
 
-def _trade_words(rows: list[dict[str, Any]]) -> str:
-    full = rows[0]["tuned"]["value"]
-    good = [
-        row for row in rows[1:] if row["tradeoff"] and full > 0 and full + row["tradeoff"]["ci95"][0] >= _KEEPS * full
-    ]
-    if not good:
-        return f"No smaller dim surely keeps {100 * _KEEPS:.0f} % of the full width's {_LABEL}."
-    row, percent = good[-1], 100 * _KEEPS
-    return (
-        f"{row['dim']} dims are a good trade: {100 * row['kept']:.1f} % of the full width's {_LABEL} "
-        f"(at least {percent:.0f} % by the lower end of its interval) "
-        f"for {row['bytes']:,} bytes a vector instead of {rows[0]['bytes']:,}."
-    )
-
-
-def _p_words(p: float) -> str:
-    return "below 0.001" if p < 0.001 else f"= {p:.3f}"
+def _good_trade(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The smallest dim that surely keeps _KEEPS of the full width's quality."""
+    full = rows[0]["tuned"]["value"] if rows[0]["tuned"] else 0.0
+    traded = [row for row in rows[1:] if row["tradeoff"] and full > 0]
+    return next((row for row in reversed(traded) if full + row["tradeoff"]["ci95"][0] >= _KEEPS * full), None)
 
 
 def _quality_chart(rows: list[dict[str, Any]]) -> Any:
@@ -233,16 +175,17 @@ def _curves(steps: list[dict[str, Any]]) -> list[Any]:
     dims = sorted({d for record in steps for d in record.get("loss_by_dim") or {}}, key=int, reverse=True)
     if len(dims) > _DIMS_DRAWN:
         dims = [dims[round(i * (len(dims) - 1) / (_DIMS_DRAWN - 1))] for i in range(_DIMS_DRAWN)]
-    wanted: list[tuple[str, list[tuple[str, Any]], bool]] = [
-        ("Loss", [("loss", lambda r: r.get("loss")), ("held out", lambda r: r.get("eval_loss"))], False),
-        ("Loss by dim", [(d, lambda r, d=d: (r.get("loss_by_dim") or {}).get(d)) for d in dims], False),
-        ("Learning rate", [("learning rate", lambda r: r.get("learning_rate"))], True),
-        ("Gradient norm before clipping", [("norm", lambda r: r.get("grad_norm"))], True),
-        ("Real tokens per second", [("tokens/s", lambda r: r.get("real_tokens_per_s"))], True),
-    ]
+    flat = [record | {f"loss_{d}": v for d, v in (record.get("loss_by_dim") or {}).items()} for record in steps]
+    wanted = (
+        ("Loss", {"loss": "loss", "held out": "eval_loss"}, False),
+        ("Loss by dim", {dim: f"loss_{dim}" for dim in dims}, False),
+        ("Learning rate", {"learning rate": "learning_rate"}, True),
+        ("Gradient norm before clipping", {"norm": "grad_norm"}, True),
+        ("Real tokens per second", {"tokens/s": "real_tokens_per_s"}, True),
+    )
     charts = []
     for title, lines, from_zero in wanted:
-        series = [Series(name, _thin([(r["step"], value(r)) for r in steps])) for name, value in lines]
+        series = [Series(name, _thin([(r["step"], r.get(key)) for r in flat])) for name, key in lines.items()]
         series = [s for s in series if s.points]
         if series:
             spoken = "; ".join(
@@ -281,15 +224,6 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _moment(time: str) -> str:
-    """An ISO 8601 time as people write it."""
-    return str(time).replace("T", " ").replace("+00:00", " UTC")
-
-
-def _pretty(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 if __name__ == "__main__":

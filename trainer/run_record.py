@@ -44,11 +44,7 @@ def start_record(config: RunConfig, argv: list[str], world: World, data: list[di
         "git": _git(Path(__file__).parent),
         "versions": versions(),
         "devices": _devices(world),
-        "world": {
-            "processes": world.world_size,
-            "processes_per_node": world.local_world_size,
-            "nodes": world.nodes,
-        },
+        "world": {"processes": world.world_size, "processes_per_node": world.local_world_size, "nodes": world.nodes},
         "data": data,
         "started": now(),
         "finished": None,
@@ -79,12 +75,10 @@ def _devices(world: World) -> list[str]:
 def _git(folder: Path) -> dict[str, Any]:
     def ask(*words: str) -> str | None:
         try:
-            answer = subprocess.run(
-                ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10
-            )
+            command = ["git", "-C", str(folder), *words]
+            return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
         except (OSError, subprocess.SubprocessError):
             return None
-        return answer.stdout.strip()
 
     status = ask("status", "--porcelain")
     return {"commit": ask("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}

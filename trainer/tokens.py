@@ -9,7 +9,6 @@ identities 0. A cache is keyed by tokenizer, prompts, maximal lengths and data.
 
 import json
 import os
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from data_tools.progress import Progress
+from data_tools.split import normalise
 from launch.config import Prompts
 from launch.errors import UserError
 from trainer.arrays import array_folder
@@ -45,8 +45,7 @@ def role_of(column: str) -> Role:
 
 def text_id(text: str) -> int:
     """64-bit hash of a text, the same for texts that differ only in Unicode form (NFKC), case or white space."""
-    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return xxhash.xxh3_64_intdigest(folded.encode("utf-8", "surrogatepass"))
+    return xxhash.xxh3_64_intdigest(normalise(text).encode("utf-8", "surrogatepass"))
 
 
 @dataclass(frozen=True)
@@ -117,10 +116,7 @@ class Padder:
             place = slice(longest - len(text), None) if self._left else slice(0, len(text))
             ids[row, place] = text
             mask[row, place] = 1
-        features: dict[str, Any] = {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask),
-        }
+        features: dict[str, Any] = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
         if self._types:
             features["token_type_ids"] = torch.zeros_like(features["input_ids"])
         return {name: tensor.to(device, non_blocking=True) for name, tensor in features.items()} | {"modality": "text"}
@@ -161,14 +157,8 @@ def token_cache(
         lambda folder: _build(folder, rows, columns, model, parts),
         f"{cache_url}/tokens" if cache_url else None,
     )
-    return TokenCache(
-        columns=list(columns),
-        ids=arrays["ids"],
-        offsets=arrays["offsets"],
-        token_id=arrays["token_id"].reshape(-1, len(columns)),
-        text_id=arrays["text_id"].reshape(-1, len(columns)),
-        prompt_length=prompt_length,
-    )
+    token_id, text_id = (arrays[name].reshape(-1, len(columns)) for name in ("token_id", "text_id"))
+    return TokenCache(list(columns), arrays["ids"], arrays["offsets"], token_id, text_id, prompt_length)
 
 
 def _facts(
@@ -219,15 +209,13 @@ def _build(folder: Path, rows: Any, columns: Sequence[str], model: SentenceTrans
             for start, stop, prompts in _slices(parts):
                 batch = rows[start:stop]
                 by_column = [_tokenise(batch[c], role_of(c), model, prompts[role_of(c)]) for c in columns]
-                texts = [column[i] for i in range(len(by_column[0])) for column in by_column]
-                for i, text in enumerate(texts):
-                    if not len(text):
+                texts = [text for row in zip(*by_column, strict=True) for text in row]
+                words = [word for row in zip(*(batch[c] for c in columns), strict=True) for word in row]
+                for i, (text, word) in enumerate(zip(texts, words, strict=True)):
+                    if word is not None and not len(text):
                         row, column = divmod(i, len(columns))
-                        if batch[columns[column]][row] is not None:
-                            name = columns[column]
-                            raise UserError(
-                                f"row {start + row + 1}, {name}: the text has no tokens; allowed: at least one"
-                            )
+                        where = f"row {start + row + 1}, {columns[column]}"
+                        raise UserError(f"{where}: the text has no tokens; allowed: at least one")
                 offsets = end + np.cumsum([len(t) for t in texts], dtype=np.int64)
                 end = int(offsets[-1])
                 np.concatenate(texts).tofile(files["ids"])
@@ -236,7 +224,6 @@ def _build(folder: Path, rows: Any, columns: Sequence[str], model: SentenceTrans
                 hashed = zip(texts, seeds, strict=True)
                 tokens = (xxhash.xxh3_64_intdigest(t.tobytes(), int(s)) if len(t) else 0 for t, s in hashed)
                 np.fromiter(tokens, np.uint64).tofile(files["token_id"])
-                words = (batch[column][i] for i in range(len(by_column[0])) for column in columns)
                 np.fromiter((0 if w is None else text_id(w) for w in words), np.uint64).tofile(files["text_id"])
                 progress.to(stop)
         for file in files.values():

@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from launch.errors import UserError
-from launch.files import list_files, publish_folder, remove_folder, sha256_of, write_json
+from launch.files import list_files, new_folder, sha256_of, write_json
 from trainer.export.card import model_card
 from trainer.export.encoder import FORMAT, KINDS, MANIFEST, TOKENIZER
 from trainer.export.onnx import OUTPUTS, check_exportable, export_onnx, input_names, pipeline_copy
@@ -47,8 +47,6 @@ class BundleFacts:
     """Folder, hub name or package that training started from."""
     base_revision: str | None
     """Its commit, where it has one."""
-    run_id: str | None
-    """Key `run_id` of the run's run.json; None for a model that no run of nestling made."""
     license: str
     """SPDX identifier of the base model's licence, or "unknown"."""
     prompts: dict[str, str]
@@ -57,6 +55,8 @@ class BundleFacts:
     """query, document: longest input in tokens, prompt and special tokens included."""
     dims: list[int]
     """Dimensions that embeddings may be cut to; the full width is always among them."""
+    run_id: str | None = None
+    """Key `run_id` of the run's run.json; None for a model that no run of nestling made."""
     data: list[dict[str, Any]] = field(default_factory=list)
     """{name, fingerprint, rows, license} of every source that the model was trained on."""
     metrics: list[dict[str, Any]] = field(default_factory=list)
@@ -77,17 +77,11 @@ def export_bundle(model: SentenceTransformer, out: Path, facts: BundleFacts) -> 
         raise UserError(f"{out}: exists already, allowed: a new folder; choose another --out or remove it")
     check_exportable(model)
     _check_lengths(model, facts.max_length)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        try:
-            remove_folder(partial)
-            partial.mkdir(parents=True)
+        with new_folder(out) as partial:
             _write(pipeline_copy(model), partial, facts)
-        except OSError as error:
-            raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
-        publish_folder(partial, out)
-    finally:
-        remove_folder(partial)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
     return out
 
 

@@ -4,20 +4,21 @@ A run directory brings its prompts, dims, data and evaluation along; a bare mode
 """
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import config as schema
 from launch.errors import UserError, exit_code
+from launch.files import read_json
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 _OPSETS = (18, 20, 21, 22, 23)
+_UNLIMITED = 2**31  # a tokenizer without a limit of its own says 10^30
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,15 +29,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--opset", type=int, choices=_OPSETS, help="ONNX operator set (default: the run's, or 18)")
     parser.add_argument("--dims", type=int, nargs="+", help="dims that users may cut to (default: the run's)")
     arguments = parser.parse_args(argv)
-    run_dir = Path(arguments.source)
+    run_dir, out = Path(arguments.source), arguments.out
     if (run_dir / "run.json").is_file():
-        out = arguments.out or run_dir / "bundle"
-        export_run(run_dir, out, arguments.opset, dims=arguments.dims)
+        out = export_run(run_dir, out or run_dir / "bundle", arguments.opset, dims=arguments.dims)
+    elif out is None:
+        raise UserError("--out: missing; a model that is no run needs --out DIR, a folder that does not exist yet")
     else:
-        if arguments.out is None:
-            raise UserError("--out: missing; a model that is no run needs --out DIR, a folder that does not exist yet")
-        out = arguments.out
-        export_model(arguments.source, out, arguments.opset or 18, arguments.dims or [])
+        settings = schema.Model(path=arguments.source)
+        _publish(_load(settings), out, settings, opset=arguments.opset or 18, dims=arguments.dims or [])
     print(f"bundle: {out}")
     print(f"check:  nestling verify {out}")
     return 0
@@ -53,7 +53,7 @@ def export_run(
 
     Raises UserError for a run without a final model, and what `export_bundle` raises.
     """
-    record = _json(run_dir / "run.json")
+    record = read_json(run_dir / "run.json")
     settings = schema.RunConfig.model_validate(record["config"])
     if model is None:
         if not (run_dir / "model").is_dir():
@@ -67,29 +67,12 @@ def export_run(
         out,
         settings.model,
         license=exported.license,
+        versions=record.get("versions", {}),
         run_id=record["run_id"],
         dims=dims or settings.loss.dims or [],
         data=[{k: source.get(k) for k in ("name", "fingerprint", "rows", "license")} for source in record["data"]],
-        metrics=_json(evaluation)["results"] if evaluation.is_file() else [],
+        metrics=read_json(evaluation)["results"] if evaluation.is_file() else [],
         opset=opset or exported.opset,
-        versions=record.get("versions", {}),
-    )
-
-
-def export_model(source: str, out: Path, opset: int, dims: list[int]) -> Path:
-    """Publish a model that no run made; raises what `export_bundle` and loading raise."""
-    settings = schema.Model(path=source)
-    return _publish(
-        _load(settings),
-        out,
-        settings,
-        license=None,
-        run_id=None,
-        dims=dims,
-        data=[],
-        metrics=[],
-        opset=opset,
-        versions={},
     )
 
 
@@ -97,42 +80,31 @@ def _publish(
     model: "SentenceTransformer",
     out: Path,
     base: schema.Model,
-    *,
-    license: str | None,
-    run_id: str | None,
-    dims: list[int],
-    data: list[dict[str, Any]],
-    metrics: list[dict[str, Any]],
-    opset: int,
-    versions: dict[str, str],
+    license: str | None = None,
+    versions: Mapping[str, str] | None = None,
+    **facts: Any,
 ) -> Path:
+    """Export `model`, with what it and `base` say about themselves and further `facts` of BundleFacts."""
     from trainer import run_record
     from trainer.export.bundle import BundleFacts, export_bundle
     from trainer.model import ROLES, max_length_of, position_limit, prompt_of
 
-    lengths = {}
+    lengths, positions = {}, position_limit(model)
     for role in ROLES:
-        length = max_length_of(model, role)
-        # A tokenizer without a limit of its own says 10^30.
-        if length is None or length > 2**31 - 1:
-            length = position_limit(model)
-        if length is None:
+        length = min(max_length_of(model, role) or _UNLIMITED, positions or _UNLIMITED)
+        if length >= _UNLIMITED:
             raise UserError("model.max_seq_length: neither tokenizer nor encoder names a longest input; set it")
-        lengths[role] = min(length, position_limit(model) or length)
-    facts = BundleFacts(
+        lengths[role] = length
+    known = BundleFacts(
         base_model=base.path,
         base_revision=base.revision,
-        run_id=run_id,
         license=license or read_license(base),
         prompts={role: prompt_of(model, role) or "" for role in ROLES},
         max_length=lengths,
-        dims=dims,
-        data=data,
-        metrics=metrics,
-        opset=opset,
-        versions={**versions, **run_record.versions()},
+        versions={**(versions or {}), **run_record.versions()},
+        **facts,
     )
-    return export_bundle(model, out, facts)
+    return export_bundle(model, out, known)
 
 
 def read_license(base: schema.Model) -> str:
@@ -159,13 +131,6 @@ def _load(settings: schema.Model) -> "SentenceTransformer":
 
     quiet_libraries()
     return load_model(settings, "cpu")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; the run directory is broken or not one") from error
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Prompts, maximal lengths and padding come from the bundle's manifest, so that a 
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,8 +39,7 @@ class Encoder:
             raise UserError(f"precision: got {precision!r}, the bundle has {', '.join(manifest['onnx'])}")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # an unreadable file is reported by us, once
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or 0  # 0 = its own choice
         name = manifest["onnx"][precision]
         try:
             self._session = onnxruntime.InferenceSession(root / name, options, providers=["CPUExecutionProvider"])
@@ -55,13 +54,12 @@ class Encoder:
         self.max_length: dict[str, int] = manifest["max_length"]
         self._pad_id: int = manifest["tokenizer"]["pad_id"]
         self._left: bool = manifest["tokenizer"]["padding_side"] == "left"
-        cut = "left" if manifest["tokenizer"]["truncation_side"] == "left" else "right"
         self._tokenizers: dict[int, Any] = {}
         try:
             for length in sorted(set(self.max_length.values())):
                 tokenizer = Tokenizer.from_file(str(root / TOKENIZER))
                 tokenizer.no_padding()
-                tokenizer.enable_truncation(max_length=length, direction=cut)
+                tokenizer.enable_truncation(max_length=length, direction=manifest["tokenizer"]["truncation_side"])
                 self._tokenizers[length] = tokenizer
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckFailed(f"{TOKENIZER}: cannot be read: {first_line(error)}") from None
@@ -137,48 +135,19 @@ def read_manifest(root: Path) -> dict[str, Any]:
     manifest = read_json(root, MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CheckFailed(f"{MANIFEST}: format is {manifest.get('format')!r}, allowed: {FORMAT!r}")
-    width = manifest.get("width")
-    sound = {
-        "width": _is_count(width),
-        "dims": _all(manifest.get("dims"), list, lambda dim: _is_count(dim) and _is_count(width) and dim <= width),
-        "prompts": _by_kind(manifest.get("prompts"), lambda prompt: isinstance(prompt, str)),
-        "max_length": _by_kind(manifest.get("max_length"), lambda length: _is_count(length) and 2 <= length < 2**31),
-        "onnx": _all(manifest.get("onnx"), dict, is_safe_name),
-        "tokenizer": isinstance(manifest.get("tokenizer"), dict)
-        and type(manifest["tokenizer"].get("pad_id")) is int
-        and 0 <= manifest["tokenizer"]["pad_id"] < 2**31
-        and all(manifest["tokenizer"].get(side) in ("left", "right") for side in ("padding_side", "truncation_side")),
-        "files": _all(manifest.get("files"), dict, _is_file_entry),
-    }
-    for name, holds in sound.items():
-        if not holds:
+    for name, holds in _SOUND.items():
+        try:
+            sound = holds(manifest[name])
+        except (KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
             raise CheckFailed(f"{MANIFEST}: field {name!r} is missing or malformed")
+    if max(manifest["dims"]) > manifest["width"]:
+        raise CheckFailed(f"{MANIFEST}: dims are {manifest['dims']}, allowed: 1 to the width {manifest['width']}")
     for name in manifest["onnx"].values():
         if not os.path.realpath(root / name).startswith(os.path.realpath(root) + os.sep):
             raise CheckFailed(f"{name}: leaves the folder through a link")
     return manifest
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _all(value: Any, kind: type, holds: Any) -> bool:
-    items = value.values() if isinstance(value, dict) else value
-    return isinstance(value, kind) and bool(value) and all(holds(item) for item in items)
-
-
-def _by_kind(value: Any, holds: Any) -> bool:
-    return isinstance(value, dict) and all(kind in value and holds(value[kind]) for kind in KINDS)
-
-
-def _is_file_entry(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and type(value.get("bytes")) is int
-        and value["bytes"] >= 0
-        and isinstance(value.get("sha256"), str)
-    )
 
 
 def is_safe_name(name: Any) -> bool:
@@ -186,6 +155,28 @@ def is_safe_name(name: Any) -> bool:
     if not isinstance(name, str) or "\\" in name or ":" in name or "\0" in name:
         return False
     return all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def _is_number(value: Any, least: int, most: int = 2**63) -> bool:
+    return type(value) is int and least <= value < most
+
+
+# Field of the manifest -> whether a value is as code relies on it; one of another shape may raise instead.
+_SOUND: dict[str, Callable[[Any], bool]] = {
+    "width": lambda width: _is_number(width, 1),
+    "dims": lambda dims: bool(dims) and all(_is_number(dim, 1) for dim in dims),
+    "prompts": lambda prompts: all(isinstance(prompts[kind], str) for kind in KINDS),
+    "max_length": lambda lengths: all(_is_number(lengths[kind], 2, 2**31) for kind in KINDS),
+    "onnx": lambda names: bool(names) and all(map(is_safe_name, names.values())),
+    "tokenizer": lambda settings: (
+        _is_number(settings["pad_id"], 0, 2**31)
+        and {settings["padding_side"], settings["truncation_side"]} <= {"left", "right"}
+    ),
+    "files": lambda files: (
+        bool(files)
+        and all(_is_number(entry["bytes"], 0) and isinstance(entry["sha256"], str) for entry in files.values())
+    ),
+}
 
 
 def read_json(root: Path, name: str) -> dict[str, Any]:
@@ -206,21 +197,17 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
 
 def _signature_problem(session: Any, manifest: dict[str, Any]) -> str | None:
     """Why the graph is not [batch, sequence] int64 -> float32 token and sentence embeddings, or None."""
-    allowed = {"input_ids", "attention_mask", "token_type_ids"}
-    inputs = {item.name: item for item in session.get_inputs()}
-    if not {"input_ids", "attention_mask"} <= set(inputs) <= allowed:
-        return f"inputs are {', '.join(inputs)}, allowed: input_ids, attention_mask, token_type_ids"
-    for item in inputs.values():
-        if item.type != "tensor(int64)" or len(item.shape) != 2:
-            return f"input {item.name} is {item.type} {item.shape}, allowed: tensor(int64) [batch, sequence]"
-    outputs = {item.name: item for item in session.get_outputs()}
-    if list(outputs) != ["token_embeddings", "sentence_embedding"]:
-        return f"outputs are {', '.join(outputs)}, allowed: token_embeddings, sentence_embedding"
-    for item in outputs.values():
-        if item.type != "tensor(float)":
-            return f"output {item.name} is {item.type}, allowed: tensor(float)"
-    if outputs["sentence_embedding"].shape[-1:] != [manifest["width"]]:
-        shape = outputs["sentence_embedding"].shape
+    outputs = {"token_embeddings": "tensor(float)", "sentence_embedding": "tensor(float)"}
+    needed = {"input_ids": "tensor(int64)", "attention_mask": "tensor(int64)", **outputs}
+    allowed = {**needed, "token_type_ids": "tensor(int64)"}
+    found = {item.name: item for item in (*session.get_inputs(), *session.get_outputs())}
+    if not needed.keys() <= found.keys() <= allowed.keys():
+        return f"inputs and outputs are {', '.join(found)}, allowed: {', '.join(allowed)}"
+    for name, item in found.items():
+        if item.type != allowed[name] or (name not in outputs and len(item.shape) != 2):
+            return f"{name} is {item.type} {item.shape}, allowed: {allowed[name]} [batch, sequence ...]"
+    shape = found["sentence_embedding"].shape
+    if shape[-1:] != [manifest["width"]]:
         return f"sentence_embedding is {shape}, {MANIFEST} says width {manifest['width']}"
     return None
 

@@ -47,7 +47,7 @@ def export_onnx(model: SentenceTransformer, path: Path, opset: int, external_abo
     encoder: Any = pipeline[0]
     encoder.auto_model.set_attn_implementation("eager")
     features = pipeline.preprocess(["one", "a text with a few more words"])
-    names = input_names(pipeline, features)
+    names = input_names(pipeline)
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
     try:
         with torch.no_grad(), _quiet():
@@ -94,21 +94,18 @@ def check_exportable(model: SentenceTransformer) -> None:
         raise UserError("export: module 0 (Transformer) holds an adapter; merge it into the weights first")
     if encoder.tokenizer is None or not encoder.tokenizer.is_fast:
         raise UserError("export: the tokenizer has no tokenizer.json form, allowed: fast tokenizers")
-    pooled = False
     for index, module in enumerate(list(model)[1:], start=1):
         if not isinstance(module, Pooling | Dense | LayerNorm | Normalize | Dropout):
             raise UserError(
                 f"export: module {index} is {type(module).__name__}, "
                 "allowed after the Transformer: Pooling, Dense, LayerNorm, Normalize, Dropout"
             )
-        if isinstance(module, Pooling):
-            pooled = True
-            if not module.include_prompt:
-                raise UserError(
-                    f"export: module {index} (Pooling) leaves the prompt out, which the graph's inputs "
-                    "cannot say; got include_prompt false, allowed: true"
-                )
-    if not pooled:
+        if isinstance(module, Pooling) and not module.include_prompt:
+            raise UserError(
+                f"export: module {index} (Pooling) leaves the prompt out, which the graph's inputs "
+                "cannot say; got include_prompt false, allowed: true"
+            )
+    if not any(isinstance(module, Pooling) for module in model):
         raise UserError("export: the model has no Pooling module, so there is no sentence embedding")
 
 
@@ -125,11 +122,9 @@ def pipeline_copy(model: SentenceTransformer) -> SentenceTransformer:
     return twin.eval()
 
 
-def input_names(model: SentenceTransformer, features: dict[str, Any] | None = None) -> list[str]:
+def input_names(model: SentenceTransformer) -> list[str]:
     """The graph's inputs: what the tokenizer makes and the encoder takes, in the order of INPUTS."""
-    if features is None:
-        features = model.preprocess(["one"])
-
+    features = model.preprocess(["one"])
     encoder: Any = model[0]
     taken = inspect.signature(encoder.auto_model.forward).parameters
     return [name for name in INPUTS if name in features and name in taken]
@@ -143,10 +138,7 @@ class _Graph(torch.nn.Module):
         self.steps = torch.nn.ModuleList(pipeline)
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        token_type_ids: torch.Tensor | None = None,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:

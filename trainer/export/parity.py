@@ -17,20 +17,7 @@ from trainer.export.encoder import KINDS, Encoder, truncate
 BOUND = 1e-5  # max abs per component of an embedding of length 1
 LENGTHS = (1, 2, 7, 31, 128)
 _TOGETHER = 512  # tokens; longer texts are compared alone, padding others to them would only cost time
-_WORDS = [
-    "time",
-    "year",
-    "people",
-    "way",
-    "day",
-    "thing",
-    "life",
-    "child",
-    "world",
-    "school",
-    "state",
-    "group",
-]
+_WORDS = ["time", "year", "people", "way", "day", "thing", "life", "child", "world", "school", "state", "group"]
 TEXTS = {
     "plain": "How do I renew a residence permit before it expires?",
     "empty": "",

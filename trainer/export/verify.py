@@ -7,7 +7,6 @@ with one line per problem. A bundle is treated as hostile: no file of it is exec
 
 import argparse
 import base64
-import hashlib
 import json
 import mmap
 import os
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from launch.errors import EXIT_CHECK, EXIT_DONE, CheckFailed, UserError
+from launch.files import sha256_of
 from trainer.export.encoder import (
     KINDS,
     MANIFEST,
@@ -99,7 +99,7 @@ def inspect_bundle(folder: str | Path) -> Report:
 
 def _seal_problems(root: Path) -> list[str]:
     path = root / SEAL
-    expected = f"{_sha256(root / MANIFEST)}  {MANIFEST}\n".encode()
+    expected = f"{sha256_of(root / MANIFEST)}  {MANIFEST}\n".encode()
     if path.is_symlink() or not path.is_file() or path.stat().st_size != len(expected):
         return [f"{SEAL}: missing or malformed"]
     return [] if path.read_bytes() == expected else [f"{MANIFEST}: sha256 is not the one in {SEAL}"]
@@ -123,7 +123,7 @@ def _file_problems(root: Path, manifest: dict[str, Any], report: Report) -> list
             problems.append(f"{name}: missing" if not os.path.lexists(path) else f"{name}: not a regular file")
         elif (size := path.stat().st_size) != entry["bytes"]:
             problems.append(f"{name}: {size} bytes, {MANIFEST} says {entry['bytes']}")
-        elif _sha256(path) != entry["sha256"]:
+        elif sha256_of(path) != entry["sha256"]:
             problems.append(f"{name}: sha256 is not the one in {MANIFEST}")
         else:
             report.files += 1
@@ -224,24 +224,19 @@ def _check_golden(root: Path, manifest: dict[str, Any], report: Report) -> None:
 
 def read_golden(root: Path, width: int) -> list[tuple[str, str, np.ndarray]]:
     """(kind, text, float32 [width] of PyTorch) of every stored embedding; raises CheckFailed if malformed."""
-    golden = read_json(root, PARITY).get("golden")
+    golden: Any = read_json(root, PARITY).get("golden")
     rows = []
     try:
-        for row in golden if isinstance(golden, list) else ():
+        for row in golden:
             vector = np.frombuffer(base64.b64decode(row["embedding"], validate=True), "<f4")
             if row["kind"] not in KINDS or not isinstance(row["text"], str) or vector.shape != (width,):
                 raise ValueError
             rows.append((row["kind"], row["text"], vector))
     except (TypeError, KeyError, ValueError):
-        rows = []
+        rows.clear()
     if not rows:
         raise CheckFailed(f"{PARITY}: golden embeddings are missing or malformed")
     return rows
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(argv: Sequence[str]) -> int:
