@@ -60,6 +60,11 @@ def end_process(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     except Exception:
         traceback.print_exc()
         code = EXIT_CRASH
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process after its exit functions, as `end_process` does."""
     atexit._run_exitfuncs()  # pyright: ignore[reportAttributeAccessIssue]
     sys.stdout.flush()
     sys.stderr.flush()

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer import collectives
+from trainer import collectives, watch
 from trainer.batching import Plan
 from trainer.engines import Engine
 from trainer.infonce import Loss, Objective, infonce
@@ -74,14 +74,17 @@ class GradCache:
         clock = [time.perf_counter()]
 
         def embed(index: int, graph: bool, synchronise: bool) -> Tensor:
+            watch.sign()
             with torch.set_grad_enabled(graph), _dropout(self.seed, step, rank, index), self.autocast():
                 return self.engine.forward(features(micro_batches[index]), synchronise)
 
         # 1. Embed.
+        watch.at("embed")
         embeddings, kept = self._embed_all(embed, plan)
         clock.append(time.perf_counter())
 
         # 2. Loss and its gradient at the embeddings.
+        watch.at("loss")
         is_anchor = torch.from_numpy(plan.is_anchor).to(embeddings.device)
         loss = self._loss(embeddings, is_anchor, plan)
         value, by_dim = loss.value, loss.by_dim
@@ -91,12 +94,14 @@ class GradCache:
         clock.append(time.perf_counter())
 
         # 3. Replay.
+        watch.at("replay")
         for index, gradient in enumerate(cached.split(np.diff(plan.cuts).tolist())):
             if index == last:
                 self._agree_to_finish(value, plan.texts[rank], is_finite)
             output = kept.pop(index) if index in kept else embed(index, True, synchronise=index == last)
             self.engine.backward(torch.dot(output.flatten().to(gradient.dtype), gradient.flatten()))
         self.engine.finish()
+        watch.at("optimiser")
         clock.append(time.perf_counter())
         return Outcome(value, by_dim, dict(zip(("embed", "loss", "replay"), np.diff(clock).tolist(), strict=True)))
 
