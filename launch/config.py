@@ -293,6 +293,9 @@ class Train(Section):
     """Write metrics every this many steps."""
     loader_workers: int = Field(default=0, ge=0)
     """Processes per rank that prepare batches in the background."""
+    stall_seconds: Annotated[float, Field(gt=0)] | None = 600.0
+    """Seconds after which a run ends where a rank, or a loader worker that it waits for, has stood still within a step;
+    more than the longest micro-batch and the longest fetch of a batch take. null = only the collective's time-out."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
     """Where metrics go beside metrics.jsonl; wandb and mlflow need their packages."""
 

@@ -21,14 +21,7 @@ EXIT_CODES = "NESTLING_EXIT_CODES"  # names the folder where `nestling supervise
 
 
 class UserError(Exception):
-    """Something the user can mend. Each line of the message says what, what was got, what is allowed.
-
-    `alone` says that it happened to this process only: the others of its run cannot say it.
-    """
-
-    def __init__(self, message: str, alone: bool = False) -> None:
-        super().__init__(message)
-        self.alone = alone
+    """Something the user can mend. Each line of the message says what, what was got, what is allowed."""
 
 
 class CheckFailed(Exception):
@@ -45,7 +38,7 @@ def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], 
         sys.stdout.flush()
         return code
     except UserError as error:
-        code, message, speaks = EXIT_USER, str(error), speaks or error.alone
+        code, message = EXIT_USER, str(error)
     except CheckFailed as error:
         code, message = EXIT_CHECK, str(error)
     except BrokenPipeError:  # the reader of a pipe, for example `head`, has left
@@ -69,6 +62,11 @@ def end_process(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     except Exception:
         traceback.print_exc()
         code = EXIT_CRASH
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process after its exit functions, as `end_process` does."""
     atexit._run_exitfuncs()  # pyright: ignore[reportAttributeAccessIssue]
     sys.stdout.flush()
     sys.stderr.flush()

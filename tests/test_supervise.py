@@ -41,7 +41,7 @@ def main(_):
     if name == "memory":
         (folder / "run").mkdir(exist_ok=True)
         (folder / "run/out_of_memory.1.json").write_text('{"micro_batch_tokens": %s}' % value)
-        raise UserError("out of memory", alone=True)
+        raise UserError("out of memory")
     if name == "progress":
         (folder / "run/checkpoints" / value).mkdir(parents=True)
     if name in ("progress", "crash"):

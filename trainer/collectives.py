@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.watch import waiting
+
 
 def world_size() -> int:
     """Processes in the process group, 1 without one. No collective."""
@@ -18,6 +20,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+@waiting()
 def gather_embeddings(local: Tensor) -> Tensor:
     """Embeddings of all ranks [world_size * texts, width], rank by rank.
 
@@ -30,6 +33,7 @@ def gather_embeddings(local: Tensor) -> Tensor:
     return received
 
 
+@waiting()
 def scatter_gradient(gradient: Tensor) -> Tensor:
     """Sum over ranks of the gradient at gathered embeddings, for those that this rank embedded.
 
@@ -43,6 +47,7 @@ def scatter_gradient(gradient: Tensor) -> Tensor:
     return home
 
 
+@waiting()
 def highest(code: int, device: torch.device) -> int:
     """The highest of the ranks' codes. All ranks must call; it waits for the device."""
     if world_size() == 1:

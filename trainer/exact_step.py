@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from launch.config import PlainSource, RunConfig, Source
 from launch.errors import UserError
 from launch.world import World
-from trainer import collectives, flops
+from trainer import collectives, flops, watch
 from trainer.batching import OVERHEAD_TOKENS, make_plan
 from trainer.data import data_order, text_columns
 from trainer.engines import Mode, engine_of
@@ -258,6 +258,7 @@ class ExactStep:
 
         Without dropout, mean over the batches; nothing of the training changes. All ranks must call, after a step.
         """
+        watch.at("held-out loss", is_watched=False)
         assert self._held_out is not None and self._config.evaluate is not None and self._step is not None
         data, device = self._held_out, next(self._model.parameters()).device
         steps = Steps(data.cache, data.order, self._plan, self._config.evaluate.batch_tokens, data.known)

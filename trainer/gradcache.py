@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from launch.errors import UserError
-from trainer import collectives
+from trainer import collectives, watch
 from trainer.batching import Plan
 from trainer.engines import Engine
 from trainer.infonce import Loss, Objective, infonce
@@ -76,10 +76,12 @@ class GradCache:
         clock = [time.perf_counter()]
 
         def embed(index: int, graph: bool, synchronise: bool) -> Tensor:
+            watch.sign()
             with torch.set_grad_enabled(graph), _dropout(self.seed, step, rank, index), self.autocast():
                 return self.engine.forward(features(micro_batches[index]), synchronise)
 
         # 1. Embed.
+        watch.at("embed")
         embedded = _attempt(lambda: self._embed_all(embed, plan), self.engine.leaves != "nowhere")
         self._agree(_FULL if embedded is None else 0)
         assert embedded is not None
@@ -88,6 +90,7 @@ class GradCache:
         clock.append(time.perf_counter())
 
         # 2. Loss and its gradient at the embeddings.
+        watch.at("loss")
         is_anchor = torch.from_numpy(plan.is_anchor).to(embeddings.device)
         loss = self._loss(embeddings, is_anchor, plan)
         value, by_dim = loss.value, loss.by_dim
@@ -97,6 +100,7 @@ class GradCache:
         clock.append(time.perf_counter())
 
         # 3. Replay.
+        watch.at("replay")
         gradients = cached.split(np.diff(plan.cuts).tolist())
 
         def replay(index: int) -> None:
@@ -109,6 +113,7 @@ class GradCache:
         if _attempt(lambda: [replay(last)], collectives.world_size() == 1) is None:
             raise StepAbandoned(_FULL)
         self.engine.finish()
+        watch.at("optimiser")
         clock.append(time.perf_counter())
         return Outcome(value, by_dim, dict(zip(("embed", "loss", "replay"), np.diff(clock).tolist(), strict=True)))
 
@@ -144,8 +149,7 @@ class GradCache:
         except torch.OutOfMemoryError:
             raise UserError(
                 f"train.global_batch_size: out of memory where {len(anchors):,} anchors are scored against "
-                f"{len(candidates):,} candidates of the batch; allowed: a smaller batch, or more processes",
-                alone=True,
+                f"{len(candidates):,} candidates of the batch; allowed: a smaller batch, or more processes"
             ) from None
 
     def _gradient_at_home(self, loss: Loss, is_anchor: Tensor, plan: Plan) -> Tensor:

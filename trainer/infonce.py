@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from trainer import watch
 from trainer.targets import Scoring, Table, Targets
 
 # Elements of a tile over all its buffers: 32 MB on a CPU, half a GB to keep a GPU busy. A matmul with fewer than
@@ -134,6 +135,7 @@ class _Kernel:
         """All tiles."""
         lines = len(self.targets.anchor)
         for begin in range(0, lines, self.tile):
+            watch.sign()
             self._tile(slice(begin, min(begin + self.tile, lines)))
         for side, span in zip(self.columns, self.spans, strict=True):
             side.radial += self.radial[:, span]

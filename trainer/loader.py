@@ -4,6 +4,9 @@ A plain DataLoader over step numbers: nothing shards it again, every rank makes 
 over done steps reads no row.
 """
 
+import ctypes
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -80,8 +83,18 @@ def step_loader(steps: Steps, workers: int) -> DataLoader[dict[str, Batch]]:
         batch_sampler=StepNumbers(len(steps)),
         collate_fn=_only,
         num_workers=workers,
+        worker_init_fn=_end_with_rank,
         prefetch_factor=2 if workers else None,
     )
+
+
+def _end_with_rank(_: int) -> None:
+    """Have the kernel end this loader worker when its rank ends, however that does, and even where it is stopped.
+
+    Without, as on other systems, torch ends a worker that is not stopped within 5 seconds.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _only(items: list[dict[str, Batch]]) -> dict[str, Batch]:

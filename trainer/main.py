@@ -68,6 +68,7 @@ def run(config: RunConfig, run_file: Path, argv: list[str], world: World) -> int
     with held(this.run_dir, config, world):
         import torch
 
+        from trainer import watch
         from trainer.live_checks import check_backend, check_precision
         from trainer.model import quiet_libraries
 
@@ -76,11 +77,13 @@ def run(config: RunConfig, run_file: Path, argv: list[str], world: World) -> int
         quiet_libraries()
 
         try:
-            prepared = _prepare(this)
-            tuned = _train(this, prepared)
-            if config.evaluate:
-                with this.clock.phase("evaluate"):
-                    _evaluate(this, tuned, prepared.held_out)
+            with watch.watched():
+                prepared = _prepare(this)
+                tuned = _train(this, prepared)
+                if config.evaluate:
+                    watch.at("evaluation", is_watched=False)
+                    with this.clock.phase("evaluate"):
+                        _evaluate(this, tuned, prepared.held_out)
         finally:
             if torch.distributed.is_initialized():
                 _groups.append(torch.distributed.group.WORLD)
@@ -148,7 +151,7 @@ def _train(run: Run, prepared: Prepared) -> Any:
     """Train from the start or from the newest whole checkpoint; returns the tuned model. All ranks must call."""
     import torch
 
-    from trainer import checkpoint
+    from trainer import checkpoint, watch
     from trainer.arguments import training_arguments
     from trainer.exact_step import ExactStep, at_the_limit
     from trainer.live_checks import check_engine, check_live
@@ -180,8 +183,10 @@ def _train(run: Run, prepared: Prepared) -> Any:
     check_engine(trainer.accelerator, config)
     if resume:
         checkpoint.refuse_other_engine(resume, trainer.engine_name)
+    watch.begin(run.world, config.train.stall_seconds)
     with run.clock.phase("train"):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    watch.at("saving the model", is_watched=False)
     tuned = trainer.tuned_model()
     if run.world.rank == 0:
         tuned.save_pretrained(str(run_dir / MODEL), create_model_card=False)

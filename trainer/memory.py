@@ -34,8 +34,7 @@ class MemoryRanOut(Exception):
         return UserError(
             f"step {self.step}: rank {collectives.rank()} is out of memory where the others wait for it; start again, "
             f"from the last checkpoint, with train.micro_batch_tokens={self.micro_batch_tokens}, or let nestling "
-            "supervise do it",
-            alone=True,
+            "supervise do it"
         )
 
 

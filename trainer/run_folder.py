@@ -21,6 +21,7 @@ _FREE = (
     "train.logging_steps",
     "train.report_to",
     "train.loader_workers",
+    "train.stall_seconds",
     "train.micro_batch_tokens",
     "train.graph_memory",
     "train.world_size",

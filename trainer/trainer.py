@@ -30,7 +30,7 @@ from launch.config import RunConfig
 from launch.errors import UserError
 from launch.files import remove_folder
 from launch.world import engine_asked_for
-from trainer import checkpoint, collectives
+from trainer import checkpoint, collectives, watch
 from trainer.exact_step import ExactStep
 from trainer.gradcache import StepAbandoned
 from trainer.loader import step_loader
@@ -109,6 +109,11 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             return super().get_train_dataloader()
         return step_loader(self._exact.steps, self.args.dataloader_num_workers)
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The next batch, which a loader worker may be making."""
+        watch.at("data", self.state.global_step + 1)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
@@ -116,6 +121,7 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
 
         Raises UserError, on all ranks alike, where the loss is not finite, and StepAbandoned where a stop is asked.
         """
+        watch.at("step", self.state.global_step + 1)
         if self._exact is not None:
             model.train()
             try:
@@ -134,6 +140,7 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             elif name.endswith("cu_seq_lens_q"):  # packed without padding
                 self._tokens += mask[-1]
         loss = super().training_step(model, inputs, num_items_in_batch)
+        watch.at("optimiser")
         if collectives.highest(int(not loss.isfinite()), loss.device):
             raise UserError(
                 f"step {self.state.global_step + 1}: the loss is not finite; nothing is saved over the last good "
@@ -222,6 +229,7 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         return str(self._writing_to or self._run_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        watch.at("checkpoint", is_watched=False)
         step = self.state.global_step
         final = checkpoint.folder_of(self._run_dir, step)
         if final.exists():
