@@ -77,11 +77,16 @@ def preflight(config: RunConfig, run_file: Path) -> list[str]:
         problems += _source_problems(source, f"data.known_positives.{number}", _PAIRS, "a table of known positives")
     for number, source in enumerate(config.evaluate.sources if config.evaluate else []):
         problems += _source_problems(source, f"evaluate.sources.{number}", _PAIRS, "evaluation")
-    try:
-        if config.data.cache_url:
-            require_extra("obstore", "cloud", "data.cache_url")
-    except UserError as error:
-        problems.append(str(error))
+    optional = {
+        "data.cache_url": (config.data.cache_url, "obstore", "cloud"),
+        "model.lora": (config.model.lora, "peft", "lora"),
+    }
+    for key, (value, module, extra) in optional.items():
+        try:
+            if value is not None:
+                require_extra(module, extra, key)
+        except UserError as error:
+            problems.append(str(error))
     folder = None
     try:
         resolved = Path(resolve_model_path(config.model.path))

@@ -6,6 +6,7 @@ Truth is ST's own loss in fp64 on the whole batch and plain SGD; equality in fp3
 import itertools
 import os
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from launch.config import Lora
 from tests.distributed import run
 from tests.test_gradcache import OBJECTIVE, Batch, TinyEncoder, _st_gradient
 from trainer.engines import FSDP2, Engine, ZeRO, engine_of
 from trainer.gradcache import GradCache, StepAbandoned
+from trainer.trainable import add_adapters
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 LEARNING_RATE, STEPS, CLIP = 0.05, 3, 2.0
@@ -34,6 +37,7 @@ class Case:
     checkpointing: bool
     clipping: bool
     kept: int  # graphs
+    trains: str = "all"  # or "adapters"
 
 
 CASES = [Case(*values) for values in itertools.product(("fast", "lean"), (2, 3), (False, True), (False, True), (0, 2))]
@@ -48,6 +52,35 @@ PAIRWISE = [
     Case("lean", 2, False, True, 2),
     Case("fast", 3, False, True, 0),
 ]
+# Every parameter that is trained, under each mode; what is frozen has no gradient.
+PARTS = [Case("fast", 2, True, True, 2, "adapters"), Case("lean", 3, False, True, 0, "adapters")]
+
+
+class WithAdapters(TinyEncoder):
+    """With LoRA beside all linear layers, both of an adapter's matrices random: one that is zero has the other no
+    gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        add_adapters(self, Lora(rank=3, alpha=3.0), seed=0)  # pyright: ignore[reportArgumentType]
+        for name, weight in self.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(weight, std=0.1)
+        self.double()
+
+    def __getitem__(self, index: int) -> Any:
+        return SimpleNamespace(auto_model=self.bert)
+
+    def add_adapter(self, settings: Any) -> None:
+        self.bert.add_adapter(settings)
+
+
+def _model(case: Case) -> TinyEncoder:
+    return {"all": TinyEncoder, "adapters": WithAdapters}[case.trains]()
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _batches(columns: int) -> list[Batch]:
@@ -57,8 +90,8 @@ def _batches(columns: int) -> list[Batch]:
 
 def _truth(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient and its norm of the first batch, and the weights' change over all steps."""
-    model = TinyEncoder()
-    before = _flat(model.parameters())
+    model = _model(case)
+    before = _flat(_trained(model))
     first: Any = None
     for batch in _batches(case.columns):
         _, gradient = _st_gradient(model, batch, slice(None), gather=False)
@@ -66,9 +99,9 @@ def _truth(case: Case) -> tuple[Tensor, Tensor, Tensor]:
         if case.clipping:
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in _trained(model):
                 parameter.sub_(parameter.grad, alpha=LEARNING_RATE)
-    return first, first.norm(), _flat(model.parameters()) - before
+    return first, first.norm(), _flat(_trained(model)) - before
 
 
 def _flat(parameters: Any) -> Tensor:
@@ -77,7 +110,7 @@ def _flat(parameters: Any) -> Tensor:
 
 def _prepared(name: str, case: Case) -> tuple[Any, nn.Module]:
     """The model as an engine has it, and the module with its parameters."""
-    model = TinyEncoder().float()
+    model = _model(case).float()
     if case.checkpointing:
         model.bert.gradient_checkpointing_enable({"use_reentrant": False})
     if name == "ddp":
@@ -91,7 +124,7 @@ def _prepared(name: str, case: Case) -> tuple[Any, nn.Module]:
     quiet_deepspeed()
     import deepspeed
 
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+    optimizer = torch.optim.SGD(_trained(model), LEARNING_RATE)
     stage = {"stage": int(name[-1]), "reduce_bucket_size": 3000, "stage3_param_persistence_threshold": 0}
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -104,9 +137,9 @@ def _prepared(name: str, case: Case) -> tuple[Any, nn.Module]:
 
 
 def _whole(name: str, model: nn.Module, what: str) -> Tensor:
-    """Gradients or weights of all parameters as one vector, on every rank."""
+    """Gradients or weights of all trained parameters as one vector, on every rank."""
     parts = []
-    for parameter in model.parameters():
+    for parameter in _trained(model):
         if name.startswith("zero"):
             from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
@@ -145,7 +178,7 @@ def _train(name: str, case: Case) -> dict[str, float]:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             seen.setdefault("norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in _trained(model):
                 parameter.sub_(parameter.grad, alpha=LEARNING_RATE)
                 parameter.grad = None
     gradient, norm, change = _truth(case)
@@ -203,6 +236,11 @@ def _check(name: str, world_size: int, cases: list[Case]) -> None:
 @pytest.mark.parametrize("name", ENGINES)
 def test_gradient_and_steps_are_those_of_one_process(name: str) -> None:
     _check(name, 2, PAIRWISE[:4])
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_gradient_and_steps_where_not_all_is_trained(name: str) -> None:
+    _check(name, 2, PARTS)
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "zero3"])

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
@@ -63,16 +62,13 @@ def whole_weights(prepared: Any) -> dict[str, Tensor]:
     return weights
 
 
-def load_whole(prepared: Any, model: SentenceTransformer) -> None:
-    """Put the weights of `model`, which every rank has, into an FSDP2 model. All ranks must call."""
-    set_model_state_dict(prepared, dict(model.state_dict()), options=StateDictOptions(full_state_dict=True))
+def load_whole(prepared: Any, weights: dict[str, Tensor]) -> None:
+    """Put `weights`, whole and on every rank, into an FSDP2 model; what they do not name stays. All ranks must call."""
+    set_model_state_dict(prepared, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
-def spread(weights: dict[str, Tensor], model: SentenceTransformer) -> None:
-    """Put rank 0's `weights` into every rank's `model`, tensor by tensor. All ranks must call."""
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if collectives.rank() == 0:
-                tensor.copy_(weights[name])
-            if collectives.world_size() > 1:
-                dist.broadcast(tensor, 0)
+def spread(model: SentenceTransformer) -> None:
+    """Put the weights of rank 0's `model` into every rank's, tensor by tensor. All ranks must call."""
+    if collectives.world_size() > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
