@@ -93,9 +93,18 @@ class Model(Section):
     """Every dropout probability of the encoder, 0 to below 1; null = the model's own."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     """Attention implementation of transformers; null = its choice."""
+    freeze: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    """Parameters that are not trained, by whole dotted parts of their names, with * and [0-5] as in a shell, for
+    example [embeddings, "layer.[0-5]"]; null = all are trained."""
     lora: Lora | None = None
     """Train adapters and freeze everything else, `{}` for these defaults; null = train all weights. The tuned model
     and the bundle have them merged. A learning rate some ten times that of full training is usual."""
+
+    @model_validator(mode="after")
+    def _adapters_freeze_all(self) -> "Model":
+        if self.freeze and self.lora:
+            raise ValueError("freeze: has no effect with lora, which freezes all weights; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> "Model":

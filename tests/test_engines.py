@@ -22,7 +22,7 @@ from tests.distributed import run
 from tests.test_gradcache import OBJECTIVE, Batch, TinyEncoder, _st_gradient
 from trainer.engines import FSDP2, Engine, ZeRO, engine_of
 from trainer.gradcache import GradCache, StepAbandoned
-from trainer.trainable import add_adapters
+from trainer.trainable import add_adapters, freeze
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 LEARNING_RATE, STEPS, CLIP = 0.05, 3, 2.0
@@ -37,7 +37,7 @@ class Case:
     checkpointing: bool
     clipping: bool
     kept: int  # graphs
-    trains: str = "all"  # or "adapters"
+    trains: str = "all"  # or "adapters", "upper"
 
 
 CASES = [Case(*values) for values in itertools.product(("fast", "lean"), (2, 3), (False, True), (False, True), (0, 2))]
@@ -54,6 +54,7 @@ PAIRWISE = [
 ]
 # Every parameter that is trained, under each mode; what is frozen has no gradient.
 PARTS = [Case("fast", 2, True, True, 2, "adapters"), Case("lean", 3, False, True, 0, "adapters")]
+PARTS += [Case("fast", 3, False, True, 2, "upper"), Case("lean", 2, True, True, 0, "upper")]
 
 
 class WithAdapters(TinyEncoder):
@@ -75,8 +76,16 @@ class WithAdapters(TinyEncoder):
         self.bert.add_adapter(settings)
 
 
+class UpperHalf(TinyEncoder):
+    """With frozen embeddings and a frozen first layer: whole groups of FSDP2 without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        freeze(self, ["embeddings", "layer.0"])  # pyright: ignore[reportArgumentType]
+
+
 def _model(case: Case) -> TinyEncoder:
-    return {"all": TinyEncoder, "adapters": WithAdapters}[case.trains]()
+    return {"all": TinyEncoder, "adapters": WithAdapters, "upper": UpperHalf}[case.trains]()
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

@@ -25,7 +25,7 @@ from tests.tiny_models import SENTENCES, minilm, modernbert, qwen3_embedding
 from trainer.engines import Single
 from trainer.flops import of_training
 from trainer.model import freeze_unused
-from trainer.trainable import add_adapters, merged
+from trainer.trainable import add_adapters, freeze, merged
 
 
 def _with_adapters(folder: Path, build: Callable[[Path], Path] = minilm, **settings: Any) -> SentenceTransformer:
@@ -81,10 +81,14 @@ def test_adapters_are_drawn_from_the_seed_and_nothing_else_is_trained(tmp_path: 
         add_adapters(SentenceTransformer(str(tmp_path / "model"), device="cpu"), Lora(target_modules=["q_proj"]), 1)
 
 
-def test_flops_with_adapters_are_those_that_torch_counts(minilm: SentenceTransformer) -> None:
+@pytest.mark.parametrize("parts", ["adapters", "upper half", "no embeddings"])
+def test_flops_of_a_part_are_those_that_torch_counts(minilm: SentenceTransformer, parts: str) -> None:
     freeze_unused(minilm)
     minilm[0].auto_model.set_attn_implementation("eager")
-    add_adapters(minilm, Lora(), seed=1)
+    if parts == "adapters":
+        add_adapters(minilm, Lora(), seed=1)
+    else:
+        freeze(minilm, ["embeddings", "layer.[0-2]"] if parts == "upper half" else ["embeddings"])
     features = minilm.preprocess(["word " * 200] * 4)
     texts, length = features["input_ids"].shape
     with FlopCounterMode(display=False) as counted:
@@ -92,6 +96,30 @@ def test_flops_with_adapters_are_those_that_torch_counts(minilm: SentenceTransfo
     by_token, by_square = of_training(minilm) or (0.0, 0.0)
     ours = by_token * texts * length + by_square * texts * length**2
     assert ours == pytest.approx(counted.get_total_flops(), rel=0.05)
+
+
+def test_patterns_freeze_whole_parts_of_names(tmp_path: Path) -> None:
+    folder = minilm(tmp_path / "model")
+
+    def frozen(*patterns: str) -> set[str]:
+        model = SentenceTransformer(str(folder), device="cpu")
+        freeze(model, patterns)
+        return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+    names = {name for name, _ in SentenceTransformer(str(folder), device="cpu").named_parameters()}
+    assert frozen("embeddings") == {name for name in names if ".embeddings." in name}
+    assert frozen("layer.1", "pooler") == {name for name in names if ".layer.1." in name or ".pooler." in name}
+    assert frozen("layer.[01].attention") == {name for name in names if ".attention." in name}
+    assert frozen("*.LayerNorm.bias") == {name for name in names if name.endswith(".LayerNorm.bias")}
+    with pytest.raises(UserError, match=r"got 'embedding', which fits no parameter; .* did you mean embeddings\?"):
+        frozen("embedding")
+    with pytest.raises(UserError, match="got embeddings, encoder, pooler, which leaves nothing to train"):
+        frozen("embeddings", "encoder", "pooler")
+
+
+def test_freeze_and_lora_together_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="freeze: has no effect with lora"):
+        read_run(_run_file(tmp_path), ["model.freeze=[embeddings]", "model.lora={}"])
 
 
 def test_adapters_need_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

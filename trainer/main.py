@@ -98,7 +98,7 @@ def _prepare(run: Run) -> Prepared:
     from trainer.exact_step import check_candidates, tokenise, tokenise_held_out
     from trainer.model import freeze_unused, load_model
     from trainer.objective import check_arguments
-    from trainer.trainable import add_adapters
+    from trainer.trainable import add_adapters, freeze
 
     config, cache_dir = run.config, Path(run.config.data.cache_dir)
     exact = config.loss.is_exact
@@ -133,6 +133,8 @@ def _prepare(run: Run) -> Prepared:
     with run.clock.phase("load"):
         model = load_model(config.model, "cpu")
     frozen = freeze_unused(model)
+    if config.model.freeze:
+        freeze(model, config.model.freeze)
     if config.model.lora:
         add_adapters(model, config.model.lora, config.train.seed)
     data = held_out_data = None

@@ -1,10 +1,12 @@
-"""Which parameters of a model are trained: all that it has, or LoRA adapters beside its frozen layers.
+"""Which parameters of a model are trained: all, all but frozen ones, or LoRA adapters beside its frozen layers.
 
 Adapters are peft's, put in by transformers; what is saved, evaluated and exported has them merged, so that nobody else
 needs to know them. A checkpoint holds them unmerged too: a run goes on from these.
 """
 
 import copy
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,26 @@ from launch.errors import UserError
 from launch.reader import did_you_mean
 
 ADAPTERS = "lora.safetensors"
+
+
+def freeze(model: SentenceTransformer, patterns: Sequence[str]) -> None:
+    """Freeze the parameters whose names hold one of `patterns` as whole dotted parts.
+
+    Raises UserError for a pattern that fits no parameter, and where nothing is left to train.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        found = [parameter for name, parameter in named if fnmatchcase(f".{name}.", f"*.{pattern}.*")]
+        if not found:
+            close = did_you_mean(pattern, sorted({part for name, _ in named for part in name.split(".")}))
+            raise UserError(
+                f"model.freeze: got {pattern!r}, which fits no parameter; allowed: whole dotted parts of their names, "
+                f"such as {named[-1][0]}{close}"
+            )
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for _, parameter in named):
+        raise UserError(f"model.freeze: got {', '.join(patterns)}, which leaves nothing to train; leave some of it out")
 
 
 def add_adapters(model: SentenceTransformer, settings: schema.Lora, seed: int) -> None:
