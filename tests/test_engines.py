@@ -18,11 +18,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from launch.config import Lora
+from launch.errors import UserError
 from tests.distributed import run
-from tests.test_gradcache import OBJECTIVE, Batch, TinyEncoder, _st_gradient
+from tests.test_gradcache import OBJECTIVE, WIDTH, Batch, TinyEncoder, _st_gradient
 from trainer.engines import FSDP2, Engine, ZeRO, engine_of
 from trainer.gradcache import GradCache, StepAbandoned
 from trainer.trainable import add_adapters, freeze
+from trainer.weights import name_layers
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 LEARNING_RATE, STEPS, CLIP = 0.05, 3, 2.0
@@ -37,7 +39,7 @@ class Case:
     checkpointing: bool
     clipping: bool
     kept: int  # graphs
-    trains: str = "all"  # or "adapters", "upper"
+    trains: str = "all"  # or "adapters", "upper", "tied tables", "tied layers"
 
 
 CASES = [Case(*values) for values in itertools.product(("fast", "lean"), (2, 3), (False, True), (False, True), (0, 2))]
@@ -55,6 +57,7 @@ PAIRWISE = [
 # Every parameter that is trained, under each mode; what is frozen has no gradient.
 PARTS = [Case("fast", 2, True, True, 2, "adapters"), Case("lean", 3, False, True, 0, "adapters")]
 PARTS += [Case("fast", 3, False, True, 2, "upper"), Case("lean", 2, True, True, 0, "upper")]
+TIED = [Case(mode, 2, False, True, 0, "tied tables") for mode in ("fast", "lean")]
 
 
 class WithAdapters(TinyEncoder):
@@ -84,8 +87,39 @@ class UpperHalf(TinyEncoder):
         freeze(self, ["embeddings", "layer.0"])  # pyright: ignore[reportArgumentType]
 
 
+class TiedTables(TinyEncoder):
+    """With a second module that has the weight of the word embeddings, in the same group of FSDP2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.also = nn.Embedding(60, WIDTH).double()
+        self.also.weight = self.bert.embeddings.word_embeddings.weight
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        embedding = super().forward(features)["sentence_embedding"]
+        return {**features, "sentence_embedding": embedding + self.also(features["input_ids"][:, 0])}
+
+
+class TiedLayers(TinyEncoder):
+    """With a weight that two layers share, which are groups of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        lower, upper = self.bert.encoder.layer
+        upper.intermediate.dense.weight = lower.intermediate.dense.weight  # pyright: ignore[reportAttributeAccessIssue]
+
+
+MODELS = {
+    "all": TinyEncoder,
+    "adapters": WithAdapters,
+    "upper": UpperHalf,
+    "tied tables": TiedTables,
+    "tied layers": TiedLayers,
+}
+
+
 def _model(case: Case) -> TinyEncoder:
-    return {"all": TinyEncoder, "adapters": WithAdapters, "upper": UpperHalf}[case.trains]()
+    return MODELS[case.trains]()
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
@@ -252,9 +286,21 @@ def test_gradient_and_steps_where_not_all_is_trained(name: str) -> None:
     _check(name, 2, PARTS)
 
 
+@pytest.mark.parametrize("name", ENGINES)
+def test_gradient_and_steps_where_weights_are_shared(name: str) -> None:
+    _check(name, 2, TIED if name == "fsdp2" else [*TIED, Case("fast", 2, False, True, 0, "tied layers")])
+
+
 @pytest.mark.parametrize("name", ["fsdp2", "zero3"])
 def test_an_engine_left_in_its_replays_takes_no_further_step(name: str) -> None:
     run(_left_in_its_replays, 2, name)
+
+
+def test_a_weight_of_two_layers_is_refused_under_fsdp2() -> None:
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=["BertLayer"], mixed_precision_policy=None)
+    name_layers(plugin, TiedTables())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match=r"layer.0.intermediate.dense.weight is a weight of another layer too"):
+        name_layers(plugin, TiedLayers())  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.slow

@@ -191,7 +191,7 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             return self.model if self.is_world_process_zero() else None  # pyright: ignore[reportReturnType]
         weights = whole_weights(self.model_wrapped)
         if self._plain is not None:
-            self._plain.load_state_dict(weights)
+            self._plain.load_state_dict(self._plain.state_dict() | weights)  # what is left out never changes
         return self._plain
 
     # Weights are saved whole, so that any engine reads what any other wrote; optimiser states as the engine has them.
