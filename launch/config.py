@@ -59,6 +59,19 @@ class Prompts(Section):
     """Put before positives, negatives and documents; null = the model's own document prompt."""
 
 
+class Lora(Section):
+    """Low-rank adapters (Hu et al., 2021) that are trained beside the frozen linear layers of the encoder."""
+
+    rank: int = Field(default=16, ge=1, le=4096)
+    """Rank of an adapter's two matrices."""
+    alpha: float = Field(default=32.0, gt=0)
+    """An adapter's output is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout probability at the input of an adapter, 0 to below 1; model.dropout does not change it."""
+    target_modules: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    """Linear layers that get one, by the last part of their name, for example [query, value]; null = all of them."""
+
+
 class Model(Section):
     """Which model is trained."""
 
@@ -80,6 +93,18 @@ class Model(Section):
     """Every dropout probability of the encoder, 0 to below 1; null = the model's own."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     """Attention implementation of transformers; null = its choice."""
+    freeze: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    """Parameters that are not trained, by whole dotted parts of their names, with * and [0-5] as in a shell, for
+    example [embeddings, "layer.[0-5]"]; null = all are trained."""
+    lora: Lora | None = None
+    """Train adapters and freeze everything else, `{}` for these defaults; null = train all weights. The tuned model
+    and the bundle have them merged. A learning rate some ten times that of full training is usual."""
+
+    @model_validator(mode="after")
+    def _adapters_freeze_all(self) -> "Model":
+        if self.freeze and self.lora:
+            raise ValueError("freeze: has no effect with lora, which freezes all weights; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> "Model":

@@ -66,11 +66,16 @@ def preflight(config: RunConfig, run_file: Path) -> list[str]:
     ):
         for number, source in enumerate(sources):
             problems += _source_problems(source, f"{key}.{number}", needed, purpose)
-    try:
-        if config.data.cache_url:
-            require_extra("obstore", "cloud", "data.cache_url")
-    except UserError as error:
-        problems.append(str(error))
+    optional = {
+        "data.cache_url": (config.data.cache_url, "obstore", "cloud"),
+        "model.lora": (config.model.lora, "peft", "lora"),
+    }
+    for key, (value, module, extra) in optional.items():
+        try:
+            if value is not None:
+                require_extra(module, extra, key)
+        except UserError as error:
+            problems.append(str(error))
     folder = None
     try:
         resolved = Path(resolve_model_path(config.model.path))

@@ -7,6 +7,7 @@ further apart than twice what ST's own is off the truth.
 
 import itertools
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from launch.config import Lora
+from launch.errors import UserError
 from tests.distributed import Backend, device, run
 from tests.engines import (
     BACKENDS,
@@ -29,9 +32,11 @@ from tests.engines import (
     under_autocast,
     whole,
 )
-from tests.test_gradcache import OBJECTIVE, Batch, TinyEncoder, _st_gradient
+from tests.test_gradcache import OBJECTIVE, WIDTH, Batch, TinyEncoder, _st_gradient
 from trainer.engines import FSDP2, Engine, ZeRO, engine_of
 from trainer.gradcache import GradCache, StepAbandoned
+from trainer.trainable import add_adapters, freeze
+from trainer.weights import name_layers
 
 LEARNING_RATE, STEPS, CLIP = 0.05, 3, 2.0
 
@@ -46,6 +51,7 @@ class Case:
     clipping: bool
     kept: int  # graphs
     precision: Precision = "fp32"
+    trains: str = "all"  # or "adapters", "upper", "tied tables", "tied layers"
 
 
 CASES = [Case(*values) for values in itertools.product(("fast", "lean"), (2, 3), (False, True), (False, True), (0, 2))]
@@ -63,6 +69,78 @@ PAIRWISE = [
 BF16 = [replace(case, precision="bf16") for case in (PAIRWISE[1], PAIRWISE[3])]
 
 
+# Every parameter that is trained, under each mode; what is frozen has no gradient.
+PARTS = [Case("fast", 2, True, True, 2, trains="adapters"), Case("lean", 3, False, True, 0, trains="adapters")]
+PARTS += [Case("fast", 3, False, True, 2, trains="upper"), Case("lean", 2, True, True, 0, trains="upper")]
+TIED = [Case(mode, 2, False, True, 0, trains="tied tables") for mode in ("fast", "lean")]
+
+
+class WithAdapters(TinyEncoder):
+    """With LoRA beside all linear layers, both of an adapter's matrices random: one that is zero has the other no
+    gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        add_adapters(self, Lora(rank=3, alpha=3.0), seed=0)  # pyright: ignore[reportArgumentType]
+        for name, weight in self.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(weight, std=0.1)
+        self.double()
+
+    def __getitem__(self, index: int) -> Any:
+        return SimpleNamespace(auto_model=self.bert)
+
+    def add_adapter(self, settings: Any) -> None:
+        self.bert.add_adapter(settings)
+
+
+class UpperHalf(TinyEncoder):
+    """With frozen embeddings and a frozen first layer: whole groups of FSDP2 without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        freeze(self, ["embeddings", "layer.0"])  # pyright: ignore[reportArgumentType]
+
+
+class TiedTables(TinyEncoder):
+    """With a second module that has the weight of the word embeddings, in the same group of FSDP2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.also = nn.Embedding(60, WIDTH).double()
+        self.also.weight = self.bert.embeddings.word_embeddings.weight
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        embedding = super().forward(features)["sentence_embedding"]
+        return {**features, "sentence_embedding": embedding + self.also(features["input_ids"][:, 0])}
+
+
+class TiedLayers(TinyEncoder):
+    """With a weight that two layers share, which are groups of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        lower, upper = self.bert.encoder.layer
+        upper.intermediate.dense.weight = lower.intermediate.dense.weight  # pyright: ignore[reportAttributeAccessIssue]
+
+
+MODELS = {
+    "all": TinyEncoder,
+    "adapters": WithAdapters,
+    "upper": UpperHalf,
+    "tied tables": TiedTables,
+    "tied layers": TiedLayers,
+}
+
+
+def _model(case: Case) -> TinyEncoder:
+    return MODELS[case.trains]()
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def _batches(columns: int, world_size: int) -> list[Batch]:
     # 11 rows, or more where ranks would get too few of them: no world size divides them, and ranks get unequal texts.
     rows = max(11, 3 * world_size - 1)
@@ -71,8 +149,8 @@ def _batches(columns: int, world_size: int) -> list[Batch]:
 
 def _truth(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient and its norm of the first batch, and the weights' change over all steps."""
-    model = TinyEncoder().to(device())
-    before = flat(model.parameters())
+    model = _model(case).to(device())
+    before = flat(_trained(model))
     first: Any = None
     for batch in _batches(case.columns, dist.get_world_size()):
         gradient = flat([_st_gradient(model, batch, slice(None), gather=False)[1]])
@@ -80,9 +158,9 @@ def _truth(case: Case) -> tuple[Tensor, Tensor, Tensor]:
         if case.clipping:
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in _trained(model):
                 parameter.sub_(parameter.grad, alpha=LEARNING_RATE)
-    return first, first.norm(), flat(model.parameters()) - before
+    return first, first.norm(), flat(_trained(model)) - before
 
 
 def _in_bf16(name: str, case: Case) -> Tensor:
@@ -98,7 +176,7 @@ def _in_bf16(name: str, case: Case) -> Tensor:
 
 def _prepared(name: str, case: Case) -> tuple[Any, nn.Module]:
     """The model as an engine has it, and the module with its parameters."""
-    model = TinyEncoder().float()
+    model = _model(case).float()
     if case.checkpointing:
         model.bert.gradient_checkpointing_enable({"use_reentrant": False})
     clip = CLIP if case.clipping else 0.0
@@ -136,7 +214,7 @@ def _train(name: str, case: Case) -> dict[str, float]:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             seen.setdefault("norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in _trained(model):
                 parameter.sub_(parameter.grad, alpha=LEARNING_RATE)
                 parameter.grad = None
     gradient, norm, change = _truth(case)
@@ -205,6 +283,20 @@ def test_gradient_and_steps_are_those_of_one_process(name: str, backend: Backend
     _check(name, ranks_of(name, backend), cases, backend)
 
 
+@pytest.mark.parametrize("name", ENGINES)
+def test_gradient_and_steps_where_not_all_is_trained(name: str) -> None:
+    _check(name, ranks_of(name, "gloo"), PARTS)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_gradient_and_steps_where_weights_are_shared(name: str) -> None:
+    _check(
+        name,
+        ranks_of(name, "gloo"),
+        TIED if name == "fsdp2" else [*TIED, Case("fast", 2, False, True, 0, trains="tied layers")],
+    )
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["fsdp2", "zero3"])
 def test_an_engine_left_in_its_replays_takes_no_further_step(name: str, backend: Backend) -> None:
@@ -215,6 +307,13 @@ def test_an_engine_left_in_its_replays_takes_no_further_step(name: str, backend:
 def test_batches_of_any_number_of_gpus_have_enough_micro_batches(world_size: int) -> None:
     for batch in (*_batches(2, world_size), *_batches(3, world_size)):
         assert len(batch.plan(world_size, 24, overhead_tokens=1).cuts) > 4
+
+
+def test_a_weight_of_two_layers_is_refused_under_fsdp2() -> None:
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=["BertLayer"], mixed_precision_policy=None)
+    name_layers(plugin, TiedTables())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match=r"layer.0.intermediate.dense.weight is a weight of another layer too"):
+        name_layers(plugin, TiedLayers())  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.slow

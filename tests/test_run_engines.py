@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
 from tests.test_run import CPU2, ROOT, _curve, _finish, _run_file, _start
+from tests.test_trainable import kill_after
 
 ENGINES = ("fsdp2", "zero1", "zero2", "zero3")
 EVALUATED = """
@@ -49,17 +48,8 @@ def test_an_engine_trains_the_curve_of_ddp_and_its_killed_run_resumes(tmp_path: 
     ]
     assert values[0] == pytest.approx(values[1], abs=1e-6)
 
-    killed = _start(str(run_file), *plain, "train.engine_mode=fast", launcher=_launcher(engine))
-    checkpoint = tmp_path / "run/checkpoints/step-2"
-    deadline = time.monotonic() + 180
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    launcher = psutil.Process(killed.pid)
-    for process in (launcher, *launcher.children(recursive=True)):  # workers outlive a launcher that is killed
-        process.kill()
-    killed.communicate()
-    assert checkpoint.exists()
     words = str(run_file), *plain, "train.engine_mode=fast"
+    kill_after(tmp_path / "run/checkpoints/step-2", *words, launcher=_launcher(engine))
     code, _, err = _finish(_start(*words, launcher=CPU2))
     assert code and f"its optimiser state is one of {engine}, got ddp" in err
     code, out, err = _finish(_start(*words, launcher=_launcher(engine)))
@@ -71,6 +61,20 @@ def test_an_engine_trains_the_curve_of_ddp_and_its_killed_run_resumes(tmp_path: 
     words = str(run_file), f"model.path={tmp_path}/tuned", f"train.run_dir={tmp_path}/next", "train.max_steps=1"
     code, out, err = _finish(_start(*words, launcher=CPU2))
     assert code == 0, out + err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_trains_adapters_and_its_killed_run_resumes(tmp_path: Path, engine: str) -> None:
+    run_file = _file(tmp_path, "  max_grad_norm: 0.5\n  micro_batch_tokens: 64\n  gradient_checkpointing: true")
+    words = str(run_file), "model.lora={rank: 4, dropout: 0.1}", "train.learning_rate=1e-2"
+    code, out, err = _finish(_start(*words, f"train.run_dir={tmp_path}/whole", launcher=_launcher(engine)))
+    assert code == 0, out + err
+    kill_after(tmp_path / "run/checkpoints/step-2", *words, launcher=_launcher(engine))
+    code, out, err = _finish(_start(*words, launcher=_launcher(engine)))
+    assert code == 0 and "resuming from" in out, out + err
+    files = [tmp_path / name / "model/model.safetensors" for name in ("whole", "run")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2"])

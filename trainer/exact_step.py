@@ -319,6 +319,7 @@ class ExactStep:
         asked = self._config.train.engine_mode
         if asked != "auto":
             return asked
-        needed = 8 * sum(getattr(p, "ds_numel", p.numel()) for p in self._model.parameters())  # fp32, two of them
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self._model.parameters()]
+        needed = 4 * sum(size * (1 + trained) for size, trained in sizes)  # fp32; what is frozen has no gradient
         fits = needed < free_bytes(device, self._world.local_world_size) / 2
         return "lean" if collectives.highest(int(not fits), device) else "fast"

@@ -35,9 +35,10 @@ def peak(name: str, precision: str) -> float | None:
 def of_training(model: SentenceTransformer) -> tuple[float, float] | None:
     """FLOPs of forward and backward for each token, and for each squared length of a text; None if unknown.
 
-    6 for each trained parameter but embeddings, and 12 * layers * width for attention (Kaplan et al., 2020), whose
-    width is heads * head_dim where the config has one (Qwen3-Embedding-0.6B: twice its hidden size). What a causal mask
-    hides counts too.
+    2 in the forward pass for each parameter but embeddings, 2 for its gradient where it is trained, 2 for that of its
+    input from the first trained one on; attention takes 4 * layers * width and twice that in the backward pass (Kaplan
+    et al., 2020: 6 and 12 where all is trained). Its width is heads * head_dim where the config has one
+    (Qwen3-Embedding-0.6B: twice its hidden size). What a causal mask hides counts too.
     """
     config = getattr(getattr(model[0], "auto_model", None), "config", None)
     layers, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
@@ -46,8 +47,13 @@ def of_training(model: SentenceTransformer) -> tuple[float, float] | None:
     if head := getattr(config, "head_dim", None):
         width = head * getattr(config, "num_attention_heads", width // head)
     tables = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p not in tables)
-    return 6.0 * trained, 12.0 * layers * width
+    used = [p for name, p in model.named_parameters() if p not in tables and ".pooler." not in name]
+    trained = sum(p.numel() for p in used if p.requires_grad)
+    total = sum(p.numel() for p in used)
+    # The embeddings come first: where they are trained every layer's input needs its gradient.
+    first = 0 if any(p.requires_grad for p in tables) else next((i for i, p in enumerate(used) if p.requires_grad), 0)
+    reached = sum(p.numel() for p in used[first:])
+    return 2.0 * (total + trained + reached), 4.0 * layers * width * (1 + 2 * reached / total)
 
 
 def device_peak(device: torch.device, precision: str) -> float | None:

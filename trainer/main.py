@@ -101,6 +101,7 @@ def _prepare(run: Run) -> Prepared:
     from trainer.exact_step import check_candidates, tokenise, tokenise_held_out
     from trainer.model import freeze_unused, load_model
     from trainer.objective import check_arguments
+    from trainer.trainable import add_adapters, freeze
 
     config, cache_dir = run.config, Path(run.config.data.cache_dir)
     exact = config.loss.is_exact
@@ -135,6 +136,10 @@ def _prepare(run: Run) -> Prepared:
     with run.clock.phase("load"):
         model = load_model(config.model, "cpu")
     frozen = freeze_unused(model)
+    if config.model.freeze:
+        freeze(model, config.model.freeze)
+    if config.model.lora:
+        add_adapters(model, config.model.lora, config.train.seed)
     data = held_out_data = None
     if exact:
         with run.clock.phase("tokenise"):
@@ -211,8 +216,8 @@ def _begin(run: Run, prepared: Prepared, step: int) -> dict[str, Any]:
     rewind(run.run_dir / "metrics.jsonl", step)
     write_json(run.run_dir / "run.json", record)
     (run.run_dir / "config.yaml").write_text(resolved_yaml(run.config), encoding="utf-8")
-    size = f"{shape['parameters']:,} parameters, {shape['width']} dims, {shape['pooling']} pooling"
-    run.say(f"model: {run.config.model.path}, {size}")
+    size = f"{shape['parameters']:,} parameters ({shape['trained']:,} trained), {shape['width']} dims, "
+    run.say(f"model: {run.config.model.path}, {size}{shape['pooling']} pooling")
     return record
 
 

@@ -151,6 +151,7 @@ def describe(model: SentenceTransformer) -> dict[str, Any]:
     """Width, lengths, prompts and size of the model, for run.json and the log."""
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "width": model.get_embedding_dimension(),
         "pooling": _pooling(model),
         "max_length": {role: max_length_of(model, role) for role in ROLES},

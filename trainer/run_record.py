@@ -31,6 +31,8 @@ _PACKAGES = (
     "onnx",
     "onnxscript",
     "onnxruntime",
+    "peft",
+    "deepspeed",
 )
 
 

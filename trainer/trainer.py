@@ -39,6 +39,7 @@ from trainer.memory import MemoryRanOut
 from trainer.metrics_log import StepLog
 from trainer.model import load_model, prompt_of
 from trainer.tokens import role_of
+from trainer.trainable import merged, read_adapters, save_adapters
 from trainer.weights import is_sharded, load_whole, name_layers, spread, whole_weights
 
 
@@ -187,25 +188,29 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         """The model after training, whole and in fp32 on every rank, without the engine. All ranks must call."""
         if not is_sharded(self.model_wrapped):
             # Takes off the autocast that accelerate put around forward.
-            tuned: Any = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
-            return tuned
-        weights = whole_weights(self.model_wrapped)
+            return merged(self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False))
+        whole = self._whole_model()
         unset_hf_deepspeed_config()  # under ZeRO-3 every model that is loaded would be taken apart
-        model = self._plain or load_model(self._config.model, "cpu")
-        spread(weights, model)
-        return model.to(self.args.device)
+        tuned = merged(whole) if whole is not None else load_model(self._config.model, "cpu")
+        spread(tuned)
+        return tuned.to(self.args.device)
+
+    def _whole_model(self) -> SentenceTransformer | None:
+        """The model as it is now, with its adapters; on rank 0, elsewhere None. All ranks must call."""
+        if not is_sharded(self.model_wrapped):
+            return self.model if self.is_world_process_zero() else None  # pyright: ignore[reportReturnType]
+        weights = whole_weights(self.model_wrapped)
+        if self._plain is not None:
+            self._plain.load_state_dict(self._plain.state_dict() | weights)  # what is left out never changes
+        return self._plain
 
     # Weights are saved whole, so that any engine reads what any other wrote; optimiser states as the engine has them.
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model as sentence-transformers does. All ranks must call."""
-        if not is_sharded(self.model_wrapped):
-            return super().save_model(output_dir, _internal_call)
-        weights = whole_weights(self.model_wrapped)
-        if self._plain is not None:
-            self._plain.load_state_dict(weights)
-            self._plain.save_pretrained(str(output_dir), create_model_card=False)
-        return None
+        """Write the model as sentence-transformers does, adapters merged and beside it. All ranks must call."""
+        if (whole := self._whole_model()) is not None:
+            merged(whole).save_pretrained(str(output_dir), create_model_card=False)
+            save_adapters(whole, Path(str(output_dir)))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -218,10 +223,18 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         return None
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
-        if not self.is_fsdp_enabled:
+        has_adapters = self._config.model.lora is not None
+        if not self.is_fsdp_enabled and not has_adapters:
             return super()._load_from_checkpoint(checkpoint_path)
-        settings = self._config.model.model_copy(update={"path": checkpoint_path, "revision": None, "pooling": None})
-        return load_whole(self.model_wrapped, load_model(settings, "cpu"))
+        if has_adapters:  # what they stand beside is frozen
+            weights = read_adapters(Path(checkpoint_path))
+        else:
+            changed = {"path": checkpoint_path, "revision": None, "pooling": None}
+            weights = load_model(self._config.model.model_copy(update=changed), "cpu").state_dict()
+        if self.is_fsdp_enabled:
+            return load_whole(self.model_wrapped, weights)
+        self.model.load_state_dict(self.model.state_dict() | weights)
+        return None
 
     # Checkpoints: the Trainer writes into a partial folder, rank 0 publishes it.
 
