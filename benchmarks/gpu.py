@@ -238,29 +238,18 @@ def theirs(bench: Bench, size: int, repeats: int) -> Result:
 
 def _expected(bench: Bench, model: "SentenceTransformer", exact: "ExactStep") -> list[tuple[str, str, int]]:
     """What a step without kept graphs has to hold: name, formula, bytes."""
-    import torch
 
     from trainer.infonce import tile_lines
     from trainer.loader import BatchFeatures
+    from trainer.memory import saved_bytes
     from trainer.tokens import Padder
 
     shape, batch = bench.shape, exact.steps[0, 0]["batch"]
     plan: Plan = batch.plan
     padded = np.maximum.reduceat(plan.lengths[0], plan.cuts[:-1]) * np.diff(plan.cuts)
     texts = plan.micro_batches(0)[int(padded.argmax())]
-    saved: dict[int, int] = {}
-
-    def pack(tensor: "Tensor") -> "Tensor":
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     features = BatchFeatures(bench.cache, Padder(model), batch.rows, bench.device, False)(texts)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        embeddings = model(features)["sentence_embedding"]
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    activations = sum(size for place, size in saved.items() if place not in parameters)
-    del embeddings  # held the graph until the places were read
+    activations = saved_bytes(lambda: model(features), model)
     count, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (1, 0))
     lines = min(shape.rows, tile_lines(shape.rows, len(shape.dims), bench.device.type))
     buffers = len(shape.dims) + 1 + (bench.device.type == "cuda")

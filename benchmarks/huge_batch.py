@@ -186,25 +186,14 @@ def _activations(model: "SentenceTransformer", cache: "TokenCache", rows: np.nda
     import torch
 
     from trainer.loader import BatchFeatures
+    from trainer.memory import saved_bytes
     from trainer.tokens import Padder
 
     plan = plan_of(cache, rows)
     padded = np.maximum.reduceat(plan.lengths[0], plan.cuts[:-1]) * np.diff(plan.cuts)
     texts = plan.micro_batches(0)[int(padded.argmax())]
-    saved: dict[int, int] = {}
-
-    def pack(tensor: "Tensor") -> "Tensor":
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     features = BatchFeatures(cache, Padder(model), rows, torch.device("cpu"), False)(texts)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        embeddings = model(features)["sentence_embedding"]
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    size = sum(size for place, size in saved.items() if place not in parameters)
-    del embeddings  # held the graph until the places were read
-    return size
+    return saved_bytes(lambda: model(features), model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -55,24 +55,9 @@ class GraphMemory:
         if self._bytes == 0 or engine.mode == "lean":
             return
         device = features["input_ids"].device
-        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        held: dict[int, int] = {}
-        keep: list[Tensor] = []  # what is saved must live on, or another tensor would get its address
-
-        def pack(saved: Tensor) -> Tensor:
-            keep.append(saved)
-            storage = saved.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                held[storage.data_ptr()] = storage.nbytes()
-            return saved
-
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved),
-        ):
-            engine.forward(features, synchronise=False)
-        largest = torch.tensor([sum(held.values()) / features["input_ids"].numel()], dtype=torch.float64, device=device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+            held = saved_bytes(lambda: engine.forward(features, synchronise=False), model)
+        largest = torch.tensor([held / features["input_ids"].numel()], dtype=torch.float64, device=device)
         if collectives.world_size() > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         self._per_token = largest.item()
@@ -96,6 +81,22 @@ class GraphMemory:
     def keep_none(self) -> None:
         """After an error of memory."""
         self._bytes = 0.0
+
+
+def saved_bytes(forward: Callable[[], object], model: nn.Module) -> int:
+    """Bytes that autograd saves in `forward`, parameters of `model` not counted."""
+    held: dict[int, int] = {}
+    keep: list[Tensor] = []  # what is saved must live on, or another tensor would get its address
+
+    def pack(saved: Tensor) -> Tensor:
+        keep.append(saved)
+        held[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        forward()
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(size for place, size in held.items() if place not in parameters)
 
 
 def largest_micro_batch(plan: Plan) -> int:

@@ -188,12 +188,13 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         """The model after training, whole and in fp32 on every rank, without the engine. All ranks must call."""
         if not is_sharded(self.model_wrapped):
             # Takes off the autocast that accelerate put around forward.
-            return merged(self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False))
+            tuned: Any = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+            return merged(tuned)
         whole = self._whole_model()
         unset_hf_deepspeed_config()  # under ZeRO-3 every model that is loaded would be taken apart
-        tuned = merged(whole) if whole is not None else load_model(self._config.model, "cpu")
-        spread(tuned)
-        return tuned.to(self.args.device)
+        plain = merged(whole) if whole is not None else load_model(self._config.model, "cpu")
+        spread(plain)
+        return plain.to(self.args.device)
 
     def _whole_model(self) -> SentenceTransformer | None:
         """The model as it is now, with its adapters; on rank 0, elsewhere None. All ranks must call."""

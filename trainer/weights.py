@@ -77,7 +77,7 @@ def whole_weights(prepared: Any) -> dict[str, Tensor]:
     weights = {}
     for name, value in prepared.module.named_parameters(remove_duplicate=False):
         if value.requires_grad:
-            whole = safe_get_full_fp32_param(value)
+            whole: Any = safe_get_full_fp32_param(value)
             if collectives.rank() == 0:
                 weights[name] = whole.float().cpu().clone()
     if collectives.rank() == 0:
@@ -89,7 +89,7 @@ def whole_weights(prepared: Any) -> dict[str, Tensor]:
 
 def load_whole(prepared: Any, weights: dict[str, Tensor]) -> None:
     """Put `weights`, whole and on every rank, into an FSDP2 model; what they do not name stays. All ranks must call."""
-    set_model_state_dict(prepared, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+    set_model_state_dict(prepared, {**weights}, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def spread(model: SentenceTransformer) -> None:
