@@ -351,8 +351,8 @@ def _counted(rank: int, world_size: int) -> list[dict[str, int]]:
     return counts
 
 
-def test_a_step_has_one_gather_one_scatter_and_one_agreement() -> None:
-    once = {"all_gather_single": 1, "reduce_scatter_single": 1, "all_reduce": 1}
+def test_a_step_has_one_gather_one_scatter_and_two_agreements() -> None:
+    once = {"all_gather_single": 1, "reduce_scatter_single": 1, "all_reduce": 2}
     assert run(_counted, 2, 2) == [[once] * 5] * 2
 
 
