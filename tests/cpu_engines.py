@@ -15,6 +15,7 @@ from launch.world import engine_asked_for
 def use_gloo() -> None:
     """Patch this process, before any accelerate state exists."""
     import torch
+    import transformers.training_args
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
@@ -28,6 +29,7 @@ def use_gloo() -> None:
 
     setattr(PartialState, "_prepare_backend", prepare_backend)  # noqa: B010  (a method to the type checker)
     setattr(PartialState, "set_device", set_device)  # noqa: B010
+    setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: True)  # noqa: B010
     quiet_deepspeed()
 
 

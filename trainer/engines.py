@@ -169,13 +169,13 @@ class ZeRO:
 
     Calling its backward for each micro-batch is silently wrong at stage 1 (only the last one counts) unless the engine
     is told which is the last. Fast: all backwards lie within `coalesce_grad_reduction`, whose end reduces once. Lean,
-    and where the optimiser is a wrapper that cannot coalesce (bf16 with fp32 gradients): each backward says whether it
-    is the last, and stages 2 and 3 reduce into shards in each.
+    and where weights are bf16 or fp16, in which coalescing would add gradients up: each backward says whether it is the
+    last, and stages 2 and 3 reduce into shards in each.
     """
 
     def __init__(self, model: Any, mode: Mode = "fast") -> None:
         self._model = model
-        self.mode: Mode = mode if hasattr(model.optimizer, "_coalesce_grad_reduction") else "lean"
+        self.mode: Mode = mode if model.get_data_types()[0] == torch.float32 else "lean"
         # Stage 3 gathers the parameters of each layer in its forward.
         self.leaves: Leaves = "nowhere" if model.zero_optimization_stage() == 3 else "first pass"
         self._coalescing: AbstractContextManager[None] | None = None

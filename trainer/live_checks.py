@@ -94,6 +94,12 @@ def check_engine(accelerator: Accelerator, config: RunConfig) -> None:
             "bf16.enabled": (settings.get("bf16", {}).get("enabled", False), train.precision == "bf16"),
             "fp16.enabled": (settings.get("fp16", {}).get("enabled", False), train.precision == "fp16"),
         }
+        sums = settings.get("data_types", {}).get("grad_accum_dtype")
+        if train.precision != "fp32" and sums != "fp32":
+            raise UserError(
+                f"DeepSpeed's file: got data_types.grad_accum_dtype {sums}, which adds the gradients of micro-batches "
+                f'up in {train.precision}; write "data_types": {{"grad_accum_dtype": "fp32"}}'
+            )
         for key, (value, own) in decided.items():
             if value != own:
                 raise UserError(f'DeepSpeed\'s file: got {key} {value}, the run file says {own}; write "auto" there')
