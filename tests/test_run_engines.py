@@ -110,6 +110,18 @@ def _base() -> Path:
     return Path(spec.origin).parent / "model"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2-offload", "zero3-offload"])
+def test_offload_trains_what_ddp_trains(tmp_path: Path, engine: str) -> None:
+    run_file = _run_file(tmp_path, train="  max_steps: 2")
+    for name, launcher in (("ddp", CPU2), ("offload", _launcher(engine))):
+        words = str(run_file), "model.dropout=0.0", f"train.run_dir={tmp_path}/{name}"
+        code, out, err = _finish(_start(*words, launcher=launcher))
+        assert code == 0, out + err
+    for ours, theirs in zip(_curve(tmp_path / "offload"), _curve(tmp_path / "ddp"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4), ours["step"]
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs/accelerate").glob("zero*.yaml")), ids=lambda file: file.stem)
 def test_what_a_launcher_file_names_is_there_and_leaves_the_run_file_its_say(file: Path) -> None:
     named = yaml.safe_load(file.read_text())["deepspeed_config"]["deepspeed_config_file"]
