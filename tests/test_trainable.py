@@ -133,6 +133,7 @@ def test_adapters_need_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 LORA = "model.lora={rank: 4, dropout: 0.1}", "train.learning_rate=1e-2"
 
 
+@pytest.mark.slow
 def test_two_processes_train_adapters_resume_and_export_a_plain_model(tmp_path: Path) -> None:
     extra = FULL.replace("HELD", str(tmp_path / "held_out.jsonl"))
     run_file = _run_file(tmp_path, extra=extra, train="  gradient_checkpointing: true")

@@ -182,6 +182,8 @@ class ExactStep:
     def _begin(self, model: nn.Module, batch: Batch, backward: Callable[[Tensor], None], device: torch.device) -> None:
         """Before the first step. All ranks must call."""
         engine = engine_of(model, backward, self._mode(device))
+        if self._config.train.engine_mode == "fast" and engine.mode == "lean":
+            say("train.engine_mode: lean, since fast mode of ZeRO would add gradients up in low precision")
         self._step = GradCache(engine, self._objective, self._config.train.seed, stop_asked=self._stop_asked)
         self._log.peak = flops.device_peak(device, self._config.train.precision)
         if device.type == "cuda" and engine.leaves != "nowhere":  # a CPU's memory ends by the process being killed
