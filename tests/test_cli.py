@@ -59,7 +59,8 @@ def test_unknown_verb() -> None:
     done = _run(*NESTLING, "exprot")
     assert done.returncode == 2
     assert done.stderr == (
-        "nestling: got 'exprot', allowed: config, check, data, export, verify, report; did you mean export?\n"
+        "nestling: got 'exprot', allowed: config, check, data, export, verify, report, supervise; "
+        "did you mean export?\n"
     )
 
 
