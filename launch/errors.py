@@ -7,6 +7,7 @@
 import atexit
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ EXIT_CRASH = 1
 EXIT_USER = 2
 EXIT_CHECK = 3
 EXIT_PREEMPTED = 75
+SPEAKING = 3.0  # seconds: torchrun ends all ranks as soon as one has ended, which must not be before one has spoken
 EXIT_CODES = "NESTLING_EXIT_CODES"  # names the folder where `nestling supervise` reads its workers' codes
 
 
@@ -62,6 +64,8 @@ def end_process(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     except Exception:
         traceback.print_exc()
         code = EXIT_CRASH
+    if code in (EXIT_USER, EXIT_CHECK) and not speaks:
+        time.sleep(SPEAKING)
     leave(code)
 
 

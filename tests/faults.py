@@ -21,7 +21,7 @@ from launch.errors import UserError
 WHERE = {
     "embed": ("trainer.gradcache", "GradCache._embed_all"),
     "loss": ("trainer.gradcache", "GradCache._gradient_at_home"),
-    "replay": ("trainer.gradcache", "GradCache._agree_to_finish"),
+    "replay": ("trainer.gradcache", "GradCache._agree"),
     "library": ("sentence_transformers", "SentenceTransformerTrainer.compute_loss"),
     "worker": ("trainer.loader", "Steps.__getitem__"),
     "cache": ("trainer.exact_step", "token_cache"),
@@ -68,6 +68,8 @@ def install(place: str, kind: str, step: int) -> None:
 
     def replaced(*arguments: Any, **named: Any) -> Any:
         at = arguments[1][1] + 1 if place == "worker" else now
+        if place in ("replay", "backward") and len(arguments) < 3:  # the agreement after the first pass
+            at = 0
         if at == step and place != "backward":
             fail(kind)
         result = original(*arguments, **named)
