@@ -118,7 +118,7 @@ CASES = [
     pytest.param("bge-base-en-v1.5", marks=SLOW),
     pytest.param("bge-m3", marks=SLOW),
     pytest.param("modernbert-embed-base", marks=SLOW),
-    pytest.param("nomic-embed-text-v1.5"),
+    pytest.param("nomic-embed-text-v1.5", marks=SLOW),
     pytest.param("qwen3-embedding-0.6b"),
 ]
 

@@ -98,6 +98,8 @@ def test_bf16_trains_near_fp32_and_leaves_fp32_weights(tmp_path: Path, engine: s
     base, *tuned = (load_file(folder / "model.safetensors") for folder in (_base(), *tmp_path.glob("*/model")))
     for weights in tuned:  # what is frozen stays to the bit, what is trained is not rounded to bf16
         for name, value in weights.items():
+            if name.endswith("key.bias"):
+                continue  # its gradient is 0 but for rounding
             frozen = "embeddings." in name or "pooler." in name
             assert torch.equal(value, base[name]) == frozen, name
             assert value.dtype == torch.float32

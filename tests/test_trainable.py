@@ -72,7 +72,7 @@ def test_adapters_are_drawn_from_the_seed_and_nothing_else_is_trained(tmp_path: 
         torch.rand(draws)
         add_adapters(model, Lora(target_modules=["query", "output.dense"]), seed=5)
         models.append(model.state_dict())
-    assert all(torch.equal(models[0][name], value) for name, value in models[1].items())
+    assert not [n for n, value in models[1].items() if ".lora_" in n and not torch.equal(models[0][n], value)]
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(trained) == 2 * 2 * 3 and all(
         ".lora_" in name for name in trained

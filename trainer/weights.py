@@ -37,9 +37,8 @@ def name_layers(plugin: Any, model: SentenceTransformer) -> None:
         )
     _refuse_shared(model, plugin.transformer_cls_names_to_wrap)
     if (policy := plugin.mixed_precision_policy) is not None:
-        # accelerate would add gradients up, and hand over embeddings, in the precision of the encoder.
-        exact = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=torch.float32)
-        plugin.mixed_precision_policy = exact
+        # accelerate would add gradients up in the precision of the encoder.
+        plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32)
 
 
 def _refuse_shared(model: nn.Module, layers: Sequence[str]) -> None:
