@@ -246,7 +246,7 @@ def _expected(bench: Bench, model: "SentenceTransformer", exact: "ExactStep") ->
 
     shape, batch = bench.shape, exact.steps[0, 0]["batch"]
     plan: Plan = batch.plan
-    padded = np.maximum.reduceat(plan.lengths[0], plan.cuts[:-1]) * np.diff(plan.cuts)
+    padded = plan.padded[0]
     texts = plan.micro_batches(0)[int(padded.argmax())]
     features = BatchFeatures(bench.cache, Padder(model), batch.rows, bench.device, False)(texts)
     activations = saved_bytes(lambda: model(features), model)

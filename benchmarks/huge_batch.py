@@ -190,7 +190,7 @@ def _activations(model: "SentenceTransformer", cache: "TokenCache", rows: np.nda
     from trainer.tokens import Padder
 
     plan = plan_of(cache, rows)
-    padded = np.maximum.reduceat(plan.lengths[0], plan.cuts[:-1]) * np.diff(plan.cuts)
+    padded = plan.padded[0]
     texts = plan.micro_batches(0)[int(padded.argmax())]
     features = BatchFeatures(cache, Padder(model), rows, torch.device("cpu"), False)(texts)
     return saved_bytes(lambda: model(features), model)

@@ -6,7 +6,6 @@ A launcher turns every code of its workers into 1; so each worker leaves its own
 names (`EXIT_CODES` of launch/errors.py). What the user must mend is not tried again.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.errors import EXIT_CHECK, EXIT_CODES, EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, UserError
+from launch.files import read_json
 from launch.reader import read_run, run_directory
 
 _ALLOWED = "allowed: accelerate launch [...] train.py RUN.yaml [section.key=value ...]"
@@ -88,7 +88,7 @@ def _start(words: Sequence[str]) -> int:
 def _take_markers(run_dir: Path) -> list[int]:
     """Budgets that ranks out of memory asked for; their markers are removed."""
     markers = list(run_dir.glob(MEMORY_MARKERS))
-    tokens = [json.loads(marker.read_text())["micro_batch_tokens"] for marker in markers]
+    tokens = [read_json(marker)["micro_batch_tokens"] for marker in markers]
     for marker in markers:
         marker.unlink()
     return tokens

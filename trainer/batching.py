@@ -52,10 +52,14 @@ class Plan:
         part = self.all_targets.part(first, end)
         return part if self.by_row else replace(part, anchor=part.anchor - first)
 
+    @property
+    def padded(self) -> np.ndarray:
+        """Tokens of each micro-batch of each rank with its padding, int64 [world_size, micro_batches]."""
+        return np.maximum.reduceat(self.lengths, self.cuts[:-1], axis=1) * np.diff(self.cuts)
+
     def tokens(self, rank: int) -> tuple[int, int]:
         """Real and padded tokens of one pass over this rank's share."""
-        longest = np.maximum.reduceat(self.lengths[rank], self.cuts[:-1])
-        return int(self.lengths[rank].sum()), int(longest @ np.diff(self.cuts))
+        return int(self.lengths[rank].sum()), int(self.padded[rank].sum())
 
 
 def make_plan(

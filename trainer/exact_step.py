@@ -230,8 +230,7 @@ class ExactStep:
         except BaseException as error:
             engine.abandon()
             if isinstance(error, torch.OutOfMemoryError):
-                half = halved(largest_micro_batch(batch.plan), self._data.cache.longest_text()[2])
-                raise MemoryRanOut(batch.step + 1, half) from error
+                raise MemoryRanOut(batch.step + 1, self._half_of(batch)) from error
             if not isinstance(error, StepAbandoned) or error.reason != OUT_OF_MEMORY:
                 raise
             return None
@@ -244,11 +243,14 @@ class ExactStep:
             self._graphs.keep_none()
             say(f"step {batch.step + 1}: out of memory with kept graphs; none is kept from here on")
             return batch
-        largest = largest_micro_batch(batch.plan)
-        self.steps.micro_batch_tokens = halved(largest, self._data.cache.longest_text()[2])
-        tokens = f"{self.steps.micro_batch_tokens:,}"
-        say(f"step {batch.step + 1}: out of memory with micro-batches of {largest:,} tokens; {tokens} from here on")
+        self.steps.micro_batch_tokens = self._half_of(batch)
+        had, has = largest_micro_batch(batch.plan), self.steps.micro_batch_tokens
+        say(f"step {batch.step + 1}: out of memory with micro-batches of {had:,} tokens; {has:,} from here on")
         return self.steps.with_this_budget(batch)
+
+    def _half_of(self, batch: Batch) -> int:
+        """The budget after an error of memory; raises UserError where one text is all that a micro-batch had."""
+        return halved(largest_micro_batch(batch.plan), self._data.cache.longest_text()[2])
 
     def metrics(self) -> dict[str, float]:
         """Means since the last call, for the log; losses by dim are means over ranks. All ranks must call."""

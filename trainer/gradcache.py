@@ -109,7 +109,7 @@ class GradCache:
 
         replayed = _attempt(lambda: [replay(index) for index in range(last)], self.engine.leaves == "replays")
         code = _FULL if replayed is None else 0 if value.isfinite() else _NON_FINITE
-        self._agree(code, plan.texts[rank][~is_finite.cpu().numpy()])
+        self._agree(code, lambda: plan.texts[rank][~is_finite.cpu().numpy()])
         if _attempt(lambda: [replay(last)], collectives.world_size() == 1) is None:
             raise StepAbandoned(_FULL)
         self.engine.finish()
@@ -159,10 +159,10 @@ class GradCache:
             return collectives.scatter_gradient(_merged(is_anchor.repeat(plan.world_size), anchors, candidates))
         return _merged(is_anchor, anchors, collectives.scatter_gradient(candidates))
 
-    def _agree(self, code: int, texts: np.ndarray | None = None) -> None:
-        """Leave the step where one rank must. All ranks must call; 4 bytes."""
+    def _agree(self, code: int, texts: Callable[[], np.ndarray] | None = None) -> None:
+        """Leave the step where one rank must, `texts` being those that are not finite. All ranks must call; 4 bytes."""
         if code := collectives.highest(code or (_STOP if self.stop_asked() else 0), _device()):
-            raise StepAbandoned(code, texts)
+            raise StepAbandoned(code, texts and texts())
 
     @torch.no_grad()
     def loss(self, plan: Plan, features: Callable[[np.ndarray], dict[str, Any]]) -> Loss:

@@ -76,7 +76,7 @@ class GraphMemory:
         """Leading micro-batches whose graphs fit; the same number on all ranks."""
         if not self._per_token or not self._bytes:
             return 0
-        return int(np.searchsorted(np.cumsum(_padded(plan)) * self._per_token, self._bytes, side="right"))
+        return int(np.searchsorted(np.cumsum(plan.padded.max(0)) * self._per_token, self._bytes, side="right"))
 
     def keep_none(self) -> None:
         """After an error of memory."""
@@ -101,11 +101,7 @@ def saved_bytes(forward: Callable[[], object], model: nn.Module) -> int:
 
 def largest_micro_batch(plan: Plan) -> int:
     """Padded tokens of the largest micro-batch of a plan, over all ranks."""
-    return int(_padded(plan).max())
-
-
-def _padded(plan: Plan) -> np.ndarray:
-    return np.maximum.reduceat(plan.lengths.max(0), plan.cuts[:-1]) * np.diff(plan.cuts)
+    return int(plan.padded.max())
 
 
 def fitting_tokens(trial: Callable[[int], None], most: int, least: int, device: torch.device) -> int:

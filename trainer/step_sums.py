@@ -32,13 +32,12 @@ class StepSums:
     def add(self, batch: Batch, kept: int, by_dim: Tensor, seconds: dict[str, float], other: float) -> None:
         """Count one step; `other` seconds lie between the last step's end and this one's start."""
         plan = batch.plan
-        reduceat = np.add.reduceat if self.flat else np.maximum.reduceat
-        longest = reduceat(plan.lengths, plan.cuts[:-1], axis=1) * (1 if self.flat else np.diff(plan.cuts))
-        last = longest.shape[1] - 1  # always computed again, but where it is the only one
-        again = int(longest[:, min(kept, last) :].sum()) if last else 0
+        tokens = np.add.reduceat(plan.lengths, plan.cuts[:-1], axis=1) if self.flat else plan.padded
+        last = tokens.shape[1] - 1  # always computed again, but where it is the only one
+        again = int(tokens[:, min(kept, last) :].sum()) if last else 0
         self._numbers += (
             plan.lengths.sum(),
-            longest.sum(),
+            tokens.sum(),
             again,
             plan.distinct_share,
             plan.masked_share,
