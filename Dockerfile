@@ -4,9 +4,10 @@
 #   docker build --tag nestling .
 #   docker run --rm --init --gpus all --ipc=host --user "$(id -u):$(id -g)" \
 #     --volume "$PWD/data:/app/data" --volume "$PWD/runs:/app/runs" --volume "$PWD/cache:/app/cache" \
-#     nestling --config_file configs/accelerate/ddp.yaml --num_processes 8 train.py configs/recipes/bge-base-en-v1.5.yaml
+#     nestling configs/recipes/bge-base-en-v1.5.yaml
 #
-# The entry point is `accelerate launch`: what follows the image's name are its arguments. Other commands:
+# The entry point is the node entry, as on every platform: it takes all GPUs that it sees, and what follows the image's
+# name are its arguments (RUN.yaml section.key=value ...). Other commands:
 # `docker run ... --entrypoint nestling nestling check RUN.yaml`. Tokens (HF_TOKEN, WANDB_API_KEY) are given when
 # the container runs (--env HF_TOKEN), never when it is built. --ipc=host because NCCL and loader workers share
 # memory; --init so that Ctrl-C reaches the processes. Create data, runs and cache before: Docker would as root.
@@ -50,6 +51,5 @@ COPY configs configs
 COPY train.py ./
 
 USER 10001
-ENTRYPOINT ["accelerate", "launch"]
-# Without arguments: train.py's own usage.
-CMD ["--config_file", "configs/accelerate/single.yaml", "train.py"]
+# Without arguments it prints its usage. The exit code is the run's: 75 = stopped and saved, run it again.
+ENTRYPOINT ["python", "-m", "launch.node"]

@@ -10,12 +10,13 @@ DEEPSPEED := DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test test-all test-slice test-gpu check bench deepspeed clean help
+.PHONY: demo test test-all test-slice test-system test-gpu check bench deepspeed clean help
 
 help:
 	@echo "make demo      data, training in 2 processes, evaluation, ONNX bundle, report (7 to 14 minutes on 2 cores)"
 	@echo "make test      the tests (minutes)"
 	@echo "make test-all  the tests and the slow full matrices"
+	@echo "make test-system  Slurm and pods for real (root on Debian; installs what it needs by apt)"
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make check     format, lint, types"
 	@echo "make bench     every benchmark, quick form"
@@ -36,7 +37,7 @@ help:
 
 data/demo/card.json: | .venv/demo.stamp
 	@echo "data: docstring -> function pairs from the Python packages of this machine"
-	$(BIN)/nestling data docstrings --out data/demo
+	$(BIN)/nestling data run configs/data/demo.yaml
 
 demo: .venv/demo.stamp data/demo/card.json
 	@rm -rf runs/demo
@@ -47,13 +48,16 @@ demo: .venv/demo.stamp data/demo/card.json
 	@echo "    train.run_dir=runs/mine data.sources.0.path=PAIRS.jsonl evaluate.sources.0.path=HELD_OUT.jsonl"
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not system" --durations=10
 
 test-all: .venv/dev.stamp
-	$(BIN)/python -m pytest -m "not gpu" --durations=20
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not system" --durations=20
 
 test-slice: .venv/dev.stamp
 	$(BIN)/python -m tests.slice
+
+test-system: .venv/dev.stamp
+	$(BIN)/python -m pytest -m system --durations=10 tests/system
 
 test-gpu: .venv/dev.stamp
 	$(BIN)/python -m pytest -m gpu

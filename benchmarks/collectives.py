@@ -22,22 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import (
-    RIVAL,
-    Claim,
-    MadeBatch,
-    cached_loss,
-    finish,
-    gradient,
-    objective,
-    one_thread,
-    options,
-    progress,
-    relative_error,
-    scatters_within,
-    table,
-    tiny_model,
-)
+from benchmarks.common import RIVAL, Claim, finish, one_thread, options, progress, table
+from benchmarks.sides import MadeBatch, cached_loss, gradient, objective, relative_error, scatters_within, tiny_model
 
 WIDTH, LAYERS = 32, 2
 DIMS = {1: [32], 5: [32, 24, 16, 8, 4]}

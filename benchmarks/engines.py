@@ -38,22 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.common import (
-    RIVAL,
-    Claim,
-    MadeBatch,
-    cached_loss,
-    finish,
-    gradient,
-    objective,
-    one_thread,
-    options,
-    progress,
-    relative_error,
-    scatters_within,
-    table,
-    tiny_model,
-)
+from benchmarks.common import RIVAL, Claim, finish, one_thread, options, progress, table
+from benchmarks.sides import MadeBatch, cached_loss, gradient, objective, relative_error, scatters_within, tiny_model
 from tests.cpu_engines import quiet_deepspeed
 from tests.distributed import run
 from trainer import collectives

@@ -30,22 +30,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.common import (
-    RIVAL,
+from benchmarks.common import RIVAL, Claim, finish, one_thread, options, peak, progress, reset_peak, table
+from benchmarks.sides import (
     SCALE,
-    Claim,
     cached_loss,
-    finish,
     gradient,
     made_texts,
-    one_thread,
-    options,
     padded_columns,
-    peak,
-    progress,
     relative_error,
-    reset_peak,
-    table,
     tiny_model,
     tokenised,
 )

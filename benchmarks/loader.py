@@ -15,18 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import (
-    MICRO_BATCH_TOKENS,
-    RIVAL,
-    Claim,
-    docstring_pairs,
-    finish,
-    minilm,
-    one_thread,
-    options,
-    table,
-    timed,
-)
+from benchmarks.common import RIVAL, Claim, finish, one_thread, options, table, timed
+from benchmarks.sides import MICRO_BATCH_TOKENS, docstring_pairs, minilm
 
 MAX_LENGTH = 256
 BATCH = 128

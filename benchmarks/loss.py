@@ -18,19 +18,17 @@ from benchmarks.common import (
     RIVAL,
     Claim,
     Cost,
-    cached_loss,
     finish,
     in_fresh_process,
-    objective,
     one_thread,
     options,
     peak,
     progress,
-    relative_error,
     reset_peak,
     table,
     timed,
 )
+from benchmarks.sides import cached_loss, objective, relative_error
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,23 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.common import (
-    RIVAL,
+from benchmarks.common import RIVAL, Claim, finish, one_thread, options, progress, table, timed
+from benchmarks.sides import (
     SCALE,
-    Claim,
     docstring_pairs,
-    finish,
     gradient,
     minilm,
-    one_thread,
-    options,
     our_step,
     padded_columns,
     plan_of,
-    progress,
     relative_error,
-    table,
-    timed,
     tokenised,
 )
 

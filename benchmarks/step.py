@@ -27,29 +27,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.common import (
+from benchmarks.common import RIVAL, Claim, Cost, finish, one_thread, options, progress, table, timed
+from benchmarks.sides import (
     MICRO_BATCH_TOKENS,
-    RIVAL,
-    Claim,
-    Cost,
     cached_loss,
     docstring_pairs,
-    finish,
     gradient,
     minilm,
-    one_thread,
-    options,
     our_step,
     padded_columns,
     plan_of,
-    progress,
     relative_error,
-    table,
-    timed,
     tokenised,
     watched_loss_stage,
 )
-from data_tools.packages import STDLIB, find_packages, python_files
+from data_tools.packages import find_package, python_files
 from data_tools.pairs import pairs_of
 
 if TYPE_CHECKING:
@@ -283,12 +275,11 @@ def questions(count: int, negatives: int = 4, seed: int = 0) -> tuple[list[tuple
 def _described() -> list[tuple[list[str], str]]:
     """Sentences of a docstring and its function, for the distinct functions of the standard library."""
     found: dict[str, list[str]] = {}
-    package = find_packages([STDLIB])[0]
-    for path in python_files(package):
+    for path in python_files(find_package("stdlib").root):
         try:
             with tokenize.open(path) as file:
                 source = file.read()
-            pairs = [pair for pair in pairs_of(source, package.name, path.name) if not isinstance(pair, str)]
+            pairs = [pair for pair in pairs_of(source) if not isinstance(pair, str)]
         except (SyntaxError, ValueError, RecursionError):
             continue
         with warnings.catch_warnings():

@@ -36,12 +36,10 @@ _GENERIC = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One training row and the place that it comes from."""
+    """Summary and code of a function, and where it stands."""
 
     anchor: str
     positive: str
-    package: str
-    path: str
     line: int
     name: str
 
@@ -73,7 +71,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= _LONG_SUMMARY or end < 0 else text[:end]
 
 
-def pairs_of(source: str, package: str, path: str) -> Iterator[Pair | str]:
+def pairs_of(source: str) -> Iterator[Pair | str]:
     """A pair, or the reason for none, for every function of a Python source.
 
     Raises SyntaxError, ValueError or RecursionError if the source does not parse.
@@ -89,7 +87,7 @@ def pairs_of(source: str, package: str, path: str) -> Iterator[Pair | str]:
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
                 name = f"{prefix}{child.name}"
                 texts = _texts(child, nested, lines)
-                yield texts if isinstance(texts, str) else Pair(*texts, package, path, child.lineno, name)
+                yield texts if isinstance(texts, str) else Pair(*texts, child.lineno, name)
                 waiting.append((child, f"{name}.", True))
             elif isinstance(child, ast.ClassDef):
                 waiting.append((child, f"{prefix}{child.name}.", nested))

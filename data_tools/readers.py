@@ -17,13 +17,13 @@ from launch.rows import Choose, Rows, read_text, saved_folder
 _BATCH = 1024  # rows decoded at once from columnar files
 
 
-def read_lines(path: Path, choose: Choose) -> Rows:
+def read_lines(path: Path, choose: Choose, speaks: bool = True) -> Rows:
     """JSON lines, CSV or TSV; places are lines."""
-    with Progress(f"reading {path.name}", path.stat().st_size, "bytes") as progress:
+    with Progress(f"reading {path.name}", path.stat().st_size, "bytes", speaks) as progress:
         yield from read_text(path, choose, progress.to)
 
 
-def read_parquet(paths: Sequence[Path], choose: Choose) -> Rows:
+def read_parquet(paths: Sequence[Path], choose: Choose, speaks: bool = True) -> Rows:
     """Parquet files with the same columns, one after the other; places are rows over all of them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -35,7 +35,7 @@ def read_parquet(paths: Sequence[Path], choose: Choose) -> Rows:
             with pq.ParquetFile(path, buffer_size=1 << 20) as file:
                 if columns is None:
                     columns = list(choose(file.schema_arrow.names))
-                with Progress(f"reading {path.name}", file.metadata.num_rows, "rows") as progress:
+                with Progress(f"reading {path.name}", file.metadata.num_rows, "rows", speaks) as progress:
                     for batch in file.iter_batches(_BATCH, columns=columns):
                         for row in batch.to_pylist():
                             place += 1

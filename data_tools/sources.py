@@ -22,7 +22,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from data_tools import object_store, readers
 from data_tools.shards import MANIFEST, ColumnType, ShardWriter, read_manifest, verify_shards
-from launch.config import ROLE, PlainSource
+from launch.config_data import ROLE, PlainSource
 from launch.errors import UserError
 from launch.files import exclusive, remove_folder, sha256_of
 from launch.rows import SAVED, SHARDS, TABLES, TEXTS, Choose, Rows, column_problems, kind_of

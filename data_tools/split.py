@@ -1,21 +1,18 @@
-"""Copies and draws: what makes two texts or functions the same, near-copies between two sides, seeded draws.
+"""What makes two texts copies of each other: identities, runs of words, near-copies between two sides.
 
-Everything is exact and deterministic: no sampling decides what counts as a copy, no file order what is drawn.
+Everything is exact and deterministic: no sampling decides what counts as a copy.
 """
 
+import ast
+import contextlib
 import hashlib
 import re
 import unicodedata
 import warnings
-from collections.abc import Hashable, Iterable, Sequence
-from types import CodeType
+from collections.abc import Sequence
+from typing import Any
 
-NEAR_COPY = 0.8  # Jaccard of token shingles from which two functions count as copies of each other
-_SHINGLE = 5  # tokens of a shingle
-# A string, a comment, a word, a number or one other character of Python code; comments are left out.
-_TOKEN = re.compile(
-    r"""(\"{3}.*?\"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|\#[^\n]*|(\w+|[^\w\s])""", re.DOTALL
-)
+_RUN = 5  # words of a run
 
 
 def normalise(text: str) -> str:
@@ -23,32 +20,27 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def code_tokens(code: str) -> list[str]:
-    """Tokens of a function without its name, comments and white space; strings without their quotes."""
-    tokens = [text.strip("\"'") if text else word for text, word in _TOKEN.findall(code) if text or word]
-    name = tokens.index("def") + 1
-    return tokens[:name] + tokens[name + 1 :]
+def compared(text: str) -> str:
+    """Text as copies are looked for, words apart: normalised, and a Python function as its tokens without its name,
+    comments, layout, docstrings and annotations."""
+    if text.startswith(("def ", "async def ")):
+        with contextlib.suppress(SyntaxError, ValueError, RecursionError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes such as "\d" in other people's strings
+            tree = ast.parse(text)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    node.returns = None
+                    node.body = node.body[ast.get_docstring(node) is not None :] or [ast.Pass()]
+                elif isinstance(node, ast.arg):
+                    node.annotation = None
+            tree.body[0].name = "f"  # pyright: ignore[reportAttributeAccessIssue]
+            text = " ".join(re.findall(r"\w+|[^\w\s]", ast.unparse(tree)))
+    return normalise(text)
 
 
-def code_identity(function: str) -> Hashable:
-    """Equal for functions that compile to the same code: name, comments, layout, annotations, defaults of
-    parameters, docstrings of inner functions and asserts do not count. For comparisons within one process.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old escapes such as "\d" in other people's strings
-        module = compile(function, "function", "exec", dont_inherit=True, optimize=2)
-    return next(_compiled(code) for code in reversed(module.co_consts) if isinstance(code, CodeType))
-
-
-def _compiled(code: CodeType) -> Hashable:
-    constants = tuple(_compiled(c) if isinstance(c, CodeType) else (type(c), c) for c in code.co_consts)
-    return (code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars, code.co_flags)
-
-
-def shingles(tokens: Sequence[str]) -> frozenset[int]:
-    """Hashes of all runs of five tokens; a shorter text is one run."""
-    runs = (tokens[i : i + _SHINGLE] for i in range(max(1, len(tokens) - _SHINGLE + 1)))
-    return frozenset(hash_of("\0".join(run)) for run in runs)
+def word_runs(words: Sequence[str], length: int = _RUN) -> frozenset[str]:
+    """All runs of `length` words, joined; a shorter text is one run."""
+    return frozenset(" ".join(words[i : i + length]) for i in range(max(1, len(words) - length + 1)))
 
 
 def hash_of(text: str) -> int:
@@ -56,36 +48,28 @@ def hash_of(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def near_copies(
-    texts: Sequence[frozenset[int]], others: Sequence[frozenset[int]], threshold: float = NEAR_COPY
-) -> dict[int, int]:
-    """Index in `texts` -> index in `others` of a set with a Jaccard similarity of at least `threshold`.
+class NearCopies:
+    """Finds a set among `others` with a Jaccard similarity of at least `threshold`.
 
     Exact, by prefix filtering (Chaudhuri et al., ICDE 2006): in any fixed order of the elements, two sets so
     similar share one of their first n - ceil(threshold * n) + 1 elements.
     """
-    holders: dict[int, list[int]] = {}
-    for j, other in enumerate(others):
-        for element in _prefix(other, threshold):
-            holders.setdefault(element, []).append(j)
-    found = {}
-    for i, text in enumerate(texts):
-        candidates = {j for element in _prefix(text, threshold) for j in holders.get(element, ())}
-        for j in sorted(candidates):
-            shared = len(text & others[j])
-            if shared >= threshold * (len(text) + len(others[j]) - shared):
-                found[i] = j
-                break
-    return found
 
+    def __init__(self, others: Sequence[frozenset[Any]], threshold: float):
+        self._others, self._threshold = others, threshold
+        self._holders: dict[Any, list[int]] = {}
+        for j, other in enumerate(others):
+            for element in self._prefix(other):
+                self._holders.setdefault(element, []).append(j)
 
-def _prefix(elements: frozenset[int], threshold: float) -> list[int]:
-    # Rounded so that 0.8 * 5 counts as 4 whatever its last bit is; one element too many costs nothing.
-    return sorted(elements)[: len(elements) - int(threshold * len(elements) - 1e-9)]
+    def find(self, text: frozenset[Any]) -> int | None:
+        """The first of `others` that is so similar to `text`, or None."""
+        for j in sorted({j for element in self._prefix(text) for j in self._holders.get(element, ())}):
+            shared = len(text & self._others[j])
+            if shared >= self._threshold * (len(text) + len(self._others[j]) - shared):
+                return j
+        return None
 
-
-def draw_order(identities: Iterable[str], seed: int) -> list[int]:
-    """Indices in an order that depends on each identity and the seed, never on the order of the input."""
-    key = seed.to_bytes(8, "big")
-    keys = [hashlib.blake2b(text.encode(), key=key, digest_size=16).digest() for text in identities]
-    return sorted(range(len(keys)), key=keys.__getitem__)
+    def _prefix(self, elements: frozenset[Any]) -> list[Any]:
+        # Rounded so that 0.8 * 5 counts as 4 whatever its last bit is; one element too many costs nothing.
+        return sorted(elements)[: len(elements) - int(self._threshold * len(elements) - 1e-9)]

@@ -15,18 +15,42 @@ from pathlib import Path
 
 from launch.errors import EXIT_DONE, EXIT_USER, UserError, exit_code
 
-# Verb -> module, a package that it needs, the extra that brings it, help.
+_STAGES = {
+    "run": "sources -> clean, leak-proof shards, by a config",
+    "read": "its stages one by one: read the sources",
+    "pairs": "make and cut pairs",
+    "filter": "leave out short, long, foreign and boilerplate texts",
+    "dedup": "leave out equal and nearly equal pairs",
+    "split": "hold documents out",
+    "decontaminate": "leave out what evaluation sets have",
+    "shards": "write the shards",
+}
+# Verb -> module and its first arguments, a package that it needs, the extra that brings it, help.
 PROGRAMS = {
-    "data docstrings": ("data_tools.docstrings", "pyarrow", "data", "make docstring -> function pairs to train on"),
+    **{f"data {verb}": (f"data_tools.pipeline {verb}", "pyarrow", "data", words) for verb, words in _STAGES.items()},
+    "data mine": ("trainer.mine", "torch", "train", "add hard negatives that a model finds"),
+    "data verify": ("data_tools.look verify", "pyarrow", "data", "compare shards with their manifest"),
+    "data stats": ("data_tools.look stats", "pyarrow", "data", "count rows and characters of shards"),
+    "data show": ("data_tools.look show", "pyarrow", "data", "print the first rows of shards"),
     "export": ("trainer.export.cli", "torch", "train", "write the ONNX bundle of a model or run"),
+    "eval": ("trainer.eval_cli", "torch", "train", "judge a model or bundle by retrieval"),
     "verify": ("trainer.export.verify", "onnxruntime", "", "check a bundle without torch"),
-    "report": ("trainer.report", "jinja2", "train", "write one HTML page about a run"),
+    "sign": ("trainer.export.signing sign", "model_signing", "sign", "sign a bundle with a key of your own"),
+    "check-signature": ("trainer.export.signing check-signature", "model_signing", "sign", "check who signed a bundle"),
+    "publish": ("trainer.export.publish", "onnxruntime", "", "bring a bundle to a folder, object store or hub"),
+    "plan": ("trainer.plan", "torch", "train", "memory, time and price of a run on GPUs that are not here"),
+    "embed": ("trainer.bulk", "torch", "train", "texts of a file -> vectors, with any model or bundle"),
+    "report": ("trainer.report", "jinja2", "train", "write one HTML page about a run, or several"),
 }
 SUPERVISE = "nestling supervise accelerate launch [...] train.py RUN.yaml [section.key=value ...]"
 EPILOG = """\
 training:
   accelerate launch --config_file configs/accelerate/cpu.yaml train.py RUN.yaml [section.key=value ...]
+  goes on with a run that was stopped; --fresh starts anew in a new folder, --force goes on with other settings
   the same after `nestling supervise` is started again after a crash, and ends with these exit codes
+
+embedding in many processes:
+  accelerate launch [...] -m trainer.bulk MODEL TEXTS --out DIR does what `nestling embed` does in one
 
 exit codes:
   0 done, 1 crash, 2 user error (one line each), 3 a check failed, 75 preempted and saved
@@ -48,6 +72,10 @@ def _main(argv: Sequence[str]) -> int:
         from launch.supervise import supervise
 
         return supervise(words[1:])
+    if words[:1] == ["launch"]:
+        from launch import targets
+
+        return targets.main(words[1:])
     arguments = _arguments(words)
     from launch import preflight, reader
 
@@ -78,7 +106,7 @@ def _become(verb: str, arguments: Sequence[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     # -P: a folder named trainer where the user stands must not stand in for ours.
-    os.execve(sys.executable, [sys.executable, "-P", "-m", module, *arguments], environment)
+    os.execve(sys.executable, [sys.executable, "-P", "-m", *module.split(), *arguments], environment)
 
 
 def _arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -89,7 +117,7 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"nestling {_version()}")
+    parser.add_argument("--version", action="version", version=f"nestling {version()}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
     config = verbs.add_parser("config", help="show a run with every setting, or the schema for editors")
     kinds = config.add_subparsers(dest="kind", metavar="KIND", required=True)
@@ -104,10 +132,14 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     for command in (show, check):
         command.add_argument("run_file", type=Path, metavar="RUN.yaml")
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
-    data = verbs.add_parser("data", help="data docstrings: " + PROGRAMS["data docstrings"][3])
-    data.add_argument("kind", choices=["docstrings"])
-    for verb in ("export", "verify", "report"):
+    data = verbs.add_parser("data", help="make, look at and check training data; see nestling data --help")
+    kinds = data.add_subparsers(dest="kind", metavar="KIND", required=True)
+    for verb, program in PROGRAMS.items():
+        if verb.startswith("data "):
+            kinds.add_parser(verb.removeprefix("data "), help=program[3])
+    for verb in ("plan", "embed", "eval", "export", "verify", "sign", "check-signature", "publish", "report"):
         verbs.add_parser(verb, help=PROGRAMS[verb][3])
+    verbs.add_parser("launch", help="start a run on this machine, Slurm, Kubernetes, SkyPilot or another service")
     verbs.add_parser("supervise", help="start a run, and again after a crash", usage=SUPERVISE)
     if words and not words[0].startswith("-") and words[0] not in verbs.choices:
         from launch.reader import did_you_mean
@@ -120,7 +152,8 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def _version() -> str:
+def version() -> str:
+    """The version of nestling that runs."""
     try:
         return metadata.version("nestling")
     except metadata.PackageNotFoundError:

@@ -8,10 +8,12 @@ import itertools
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-ROLE = re.compile(r"anchor|positive|negative(_[1-9][0-9]*)?|score|label")
-STORE_URL = re.compile(r"(s3|gs|az)://[^/\s]+(/\S*[^/\s])?")
+from launch.config_data import Data, Prompts, Section, store_url
+from launch.config_evaluate import Evaluate
+from launch.config_launch import Launch
+
 PINNED_REVISION = re.compile(r"[0-9a-f]{40}")
 
 # Losses that nestling's exact step computes; every other one runs in sentence-transformers' own code.
@@ -40,23 +42,6 @@ LossName = Literal[
     "SoftmaxLoss",
     "TripletLoss",
 ]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, no value is coerced, nothing changes after reading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class Prompts(Section):
-    """Text put before every input of a role."""
-
-    query: str | None = None
-    """Put before anchors and queries, with its trailing space; null = the model's own query prompt."""
-    document: str | None = None
-    """Put before positives, negatives and documents; null = the model's own document prompt."""
 
 
 class Lora(Section):
@@ -113,109 +98,6 @@ class Model(Section):
                 "trust_remote_code runs code from the hub: pin model.revision to a 40-digit commit, "
                 f"got {self.revision!r}"
             )
-        return self
-
-
-def _store_url(url: str) -> str:
-    if not STORE_URL.fullmatch(url):
-        raise ValueError(f"got {url!r}, allowed: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX")
-    return url
-
-
-class PlainSource(Section):
-    """Rows of one file, folder or data set."""
-
-    path: str | None = None
-    """.jsonl[.gz], .csv, .tsv or .parquet file, a folder of shards that `nestling data` made, or a data set
-    that Hugging Face datasets saved on disk; a file or a folder of shards may lie in an object store (s3://BUCKET/...,
-    gs://, az://), each node fetches it into data.cache_dir. Exactly one of path and hub is given."""
-    hub: str | None = None
-    """Name of a data set on the Hugging Face hub, `owner/name` or `owner/name:configuration`."""
-    split: str = "train"
-    """Split of a data set from the hub or of a saved DatasetDict."""
-    revision: str | None = None
-    """Branch, tag or commit of a data set on the hub."""
-    columns: dict[str, str] | None = None
-    """Which column plays which role, for example {anchor: question, positive: answer}. Roles: anchor,
-    positive, negative, negative_1, negative_2 ..., score, label. null = the columns are named by roles. In the exact
-    step a row may lack negatives: an empty CSV cell, null, or a key that a line of JSON leaves out (not the first)."""
-    license: str | None = None
-    """SPDX identifier or a sentence; goes into the data card and the bundle. null = unknown, and said so."""
-
-    @field_validator("columns")
-    @classmethod
-    def _roles_exist(cls, columns: dict[str, str] | None) -> dict[str, str] | None:
-        for role in columns or {}:
-            if not ROLE.fullmatch(role):
-                raise ValueError(
-                    f"{role!r} is no role; allowed: anchor, positive, negative, negative_1, negative_2 ..., "
-                    "score, label"
-                )
-        return columns
-
-    @model_validator(mode="after")
-    def _one_place(self) -> "PlainSource":
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("give exactly one of path and hub")
-        return self
-
-    @field_validator("path")
-    @classmethod
-    def _known_store(cls, path: str | None) -> str | None:
-        return _store_url(path) if path and "://" in path else path
-
-    @property
-    def url(self) -> str | None:
-        """Its address in an object store, None for what is local or on the hub."""
-        return self.path if self.path and "://" in self.path else None
-
-    @property
-    def name(self) -> str:
-        """What messages call this source."""
-        return self.path or f"hub:{self.hub}"
-
-
-class Source(PlainSource):
-    """Rows that the model is trained on; weight and prompts are for the exact step only."""
-
-    weight: Annotated[float, Field(gt=0)] | None = None
-    """Share of an epoch's global batches that come from this source, relative to the other weights; all sources
-    have one or none has. It goes on through its rows over epochs: none comes again before all have come."""
-    prompts: Prompts | None = None
-    """Prompts for these rows in place of the model's; a role left out keeps the model's, "" is no prompt."""
-
-
-class Data(Section):
-    """What the model is trained on."""
-
-    sources: list[Source] = Field(min_length=1)
-    """Where the rows come from, in this order. Each global batch comes from one of them."""
-    epoch_steps: Annotated[int, Field(ge=1)] | None = None
-    """Global batches of an epoch where sources have weights; null = as many as all rows of all sources fill."""
-    known_positives: Annotated[list[PlainSource], Field(min_length=1)] | None = None
-    """Pairs (columns anchor and positive) that are right for loss.mask_known_positives although a global batch does
-    not hold them, for example all judged pairs. Looked up by text, for the exact step; null = the batch's own only."""
-    cache_dir: str = "cache"
-    """Folder for checked copies of the sources; shared by runs, keyed by content, safe to delete."""
-    cache_url: str | None = None
-    """Folder of an object store (s3://BUCKET/..., gs://, az://) where a token cache is looked for before it is built,
-    and uploaded to after that, so that rented machines do not tokenise again; null = none."""
-    max_rows: Annotated[int, Field(ge=1)] | None = None
-    """Use only the first rows of each source, for a quick trial; null = all."""
-
-    @field_validator("cache_url")
-    @classmethod
-    def _known_store(cls, url: str | None) -> str | None:
-        return url and _store_url(url)
-
-    @model_validator(mode="after")
-    def _weights_go_with_steps(self) -> "Data":
-        without = [source.name for source in self.sources if source.weight is None]
-        if without and len(without) < len(self.sources):
-            raise ValueError(f"{without[0]} has no weight and others have; give every source one, or none")
-        if bool(without) == (self.epoch_steps is not None):
-            got = "epoch_steps without weights" if without else "weights without epoch_steps"
-            raise ValueError(f"got {got}; allowed: a weight for every source and epoch_steps, or neither")
         return self
 
 
@@ -321,6 +203,9 @@ class Train(Section):
     stall_seconds: Annotated[float, Field(gt=0)] | None = 600.0
     """Seconds after which a run ends where a rank, or a loader worker that it waits for, has stood still within a step;
     more than the longest micro-batch and the longest fetch of a batch take. null = only the collective's time-out."""
+    grace_seconds: float = Field(default=60.0, gt=0)
+    """Seconds that a run has from the signal to stop (SIGTERM, SIGUSR1, SIGUSR2) until it is killed. Where a checkpoint
+    takes longer, there are more of them."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
     """Where metrics go beside metrics.jsonl; wandb and mlflow need their packages."""
 
@@ -332,34 +217,31 @@ class Checkpoint(Section):
     """Steps between checkpoints; null = one at each end of an epoch. The last step always has one."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints that stay on disk; two stay at least, so that there is one to fall back to."""
+    remote: str | None = None
+    """Folder of an object store (s3://BUCKET/..., gs://, az://, or file:///... for a file system that machines share)
+    for this run alone: each checkpoint is uploaded behind the training, and another machine goes on from there.
+    Credentials come from the environment. null = checkpoints stay in the run folder only."""
 
-
-class Evaluate(Section):
-    """Retrieval evaluation of the base model and the tuned one after training."""
-
-    sources: list[PlainSource] = Field(min_length=1)
-    """Held-out pairs: distinct anchors are queries, distinct positives are the corpus that is searched."""
-    max_queries: Annotated[int, Field(ge=1)] | None = 1000
-    """Queries drawn (seeded); the corpus always stays whole. null = all."""
-    max_documents: Annotated[int, Field(ge=1)] | None = None
-    """Size that the corpus is drawn down to, relevant passages first; null = whole. Smaller is easier."""
-    batch_tokens: int = Field(default=8192, ge=1)
-    """Texts that are embedded together: rows x longest length stays below this."""
-    loss_every: Annotated[int, Field(ge=1)] | None = None
-    """Steps between two looks at the loss of the held-out pairs during training, without dropout; null = none. For
-    the exact step."""
-    loss_batch_size: Annotated[int, Field(ge=2)] | None = None
-    """Rows that are scored against each other for that loss, in the order of the sources; rows that do not fill a
-    batch are left out. null = train.global_batch_size, so that it compares with the training loss."""
+    @field_validator("remote")
+    @classmethod
+    def _known_store(cls, url: str | None) -> str | None:
+        return url and store_url(url, with_folders=True)
 
 
 class Export(Section):
     """The ONNX bundle."""
 
-    precisions: list[Literal["fp32"]] = Field(default=["fp32"], min_length=1)
-    """Which ONNX files the bundle holds."""
+    precisions: list[Literal["fp32", "fp16", "int8"]] = Field(default=["fp32"], min_length=1)
+    """Which ONNX files the bundle holds; fp32 is always among them. fp16 is half as large, for GPUs and browsers.
+    int8 is a quarter as large and faster on CPUs; several ways are tried on the queries of `evaluate`."""
+    max_ndcg_loss: float = Field(default=0.005, gt=0, lt=1)
+    """Share of nDCG@10 at full width that int8 may lose against fp32. Where it surely loses more, or too few queries
+    can tell, no int8 file is written."""
     opset: Literal[18, 20, 21, 22, 23] = 18
     """ONNX operator set."""
+    average_with_base: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the base model's weights in the model that is evaluated, written to model/ and exported, the rest is
+    tuned: less is forgotten and less is learnt (Wortsman et al., 2022). 0 = tuned weights alone."""
     license: str | None = None
     """SPDX identifier of the base model's licence; null = from its model card, "unknown" if it says none."""
 
@@ -381,11 +263,27 @@ class RunConfig(Section):
     """Retrieval evaluation after training; null = none."""
     export: Export | None = None
     """ONNX bundle after training; null = none (`nestling export` makes one later)."""
+    launch: Launch | None = None
+    """Where it runs, for `nestling launch`; null = each target's defaults."""
+
+    @model_validator(mode="after")
+    def _gates_can_be_measured(self) -> "RunConfig":
+        for gate in self.evaluate.gate if self.evaluate else ():
+            if gate.dim is not None and gate.dim not in (self.loss.dims or []):
+                raise ValueError(f"evaluate.gate: got dim {gate.dim}, allowed: one of loss.dims {self.loss.dims or []}")
+        return self
+
+    @model_validator(mode="after")
+    def _int8_can_be_judged(self) -> "RunConfig":
+        if self.export and "int8" in self.export.precisions and not self.evaluate:
+            raise ValueError("export.precisions: int8 is judged on the queries of evaluate, got none; add evaluate")
+        return self
 
     @model_validator(mode="after")
     def _only_in_the_exact_step(self) -> "RunConfig":
         given = {
             "data.epoch_steps": self.data.epoch_steps,
+            "data.sources[].epoch_rows": any(source.epoch_rows for source in self.data.sources),
             "data.sources[].prompts": any(source.prompts for source in self.data.sources),
             "data.known_positives": self.data.known_positives,
         }

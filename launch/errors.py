@@ -5,7 +5,9 @@
 """
 
 import atexit
+import ctypes
 import os
+import signal
 import sys
 import time
 import traceback
@@ -19,6 +21,7 @@ EXIT_USER = 2
 EXIT_CHECK = 3
 EXIT_PREEMPTED = 75
 SPEAKING = 3.0  # seconds: torchrun ends all ranks as soon as one has ended, which must not be before one has spoken
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # each asks a run to save and end
 EXIT_CODES = "NESTLING_EXIT_CODES"  # names the folder where `nestling supervise` reads its workers' codes
 
 
@@ -28,6 +31,11 @@ class UserError(Exception):
 
 class CheckFailed(Exception):
     """A check that the user asked for did not hold: parity, a gate, a bundle that is not what it was."""
+
+
+class Preempted(BaseException):
+    """This process was told to stop where there was nothing to save; the others do not know. No Exception, so that
+    nothing on the way handles it."""
 
 
 def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], speaks: bool = True) -> int:
@@ -59,21 +67,54 @@ def end_process(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     For processes of a group: threads of gloo and NCCL may ask for the interpreter's lock while it is being taken down,
     which turns the end of a finished process into a hang or into std::terminate (seen as exit code -6).
     """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # which a launcher under the supervisor ignores
+        signal.signal(number, signal.SIG_DFL)
+    if folder := os.environ.get(EXIT_CODES):
+        Path(folder, f"pid.{os.environ.get('RANK', '0')}").write_text(str(os.getpid()))
+    if _is_launched():
+        signal_at_parents_end(signal.SIGUSR2)
+    is_agreed = True
     try:
         code = exit_code(main, argv, speaks)
+    except Preempted as error:
+        code, is_agreed = EXIT_PREEMPTED, False
+        if speaks:
+            print(f"nestling: {error}", file=sys.stderr, flush=True)
     except Exception:
         traceback.print_exc()
         code = EXIT_CRASH
     if code in (EXIT_USER, EXIT_CHECK) and not speaks:
+        ignore_stops()  # the launcher sends one as soon as the rank that speaks has ended
         time.sleep(SPEAKING)
-    leave(code)
+    leave(code, is_agreed)
 
 
-def leave(code: int) -> NoReturn:
-    """End this process after its exit functions, as `end_process` does."""
+def leave(code: int, is_agreed: bool = True) -> NoReturn:
+    """End this process after its exit functions, as `end_process` does.
+
+    Where all ranks have agreed to stop it ends with 0 under a launcher, which would take another code for a crash.
+    """
+    ignore_stops()
     atexit._run_exitfuncs()  # pyright: ignore[reportAttributeAccessIssue]
     sys.stdout.flush()
     sys.stderr.flush()
     if folder := os.environ.get(EXIT_CODES):
         Path(folder, os.environ.get("RANK", "0")).write_text(str(code))
-    os._exit(code)
+    os._exit(EXIT_DONE if code == EXIT_PREEMPTED and is_agreed and _is_launched() else code)
+
+
+def ignore_stops() -> None:
+    """Have this process, in its main thread, answer no signal to stop."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def signal_at_parents_end(number: int) -> None:
+    """Have the kernel send this process a signal when the one that started it ends, however that does; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+
+
+def _is_launched() -> bool:
+    """Whether torchrun or accelerate, which sets the other for one process, started this process."""
+    return "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ

@@ -13,7 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from launch.config import Model, PlainSource, RunConfig
+from launch.config import Model, RunConfig
+from launch.config_data import PlainSource
 from launch.errors import UserError
 from launch.files import read_json
 from launch.reader import near_file, run_directory
@@ -58,16 +59,26 @@ _LOOKED_AT = 100  # rows of a text file
 
 def preflight(config: RunConfig, run_file: Path) -> list[str]:
     """Problems of a run, one line each; empty where none can be seen from here."""
-    problems, held_out = [], config.evaluate.sources if config.evaluate else []
+    problems = []
+    sets = {"evaluate": config.evaluate, "evaluate.general": config.evaluate and config.evaluate.general}
+    held_out = [(f"{key}.sources", s.sources or [], _PAIRS, "evaluation") for key, s in sets.items() if s]
     for key, sources, needed, purpose in (
         ("data.sources", config.data.sources, NEEDED_ROLES[config.loss.name], config.loss.name),
         ("data.known_positives", config.data.known_positives or [], _PAIRS, "a table of known positives"),
-        ("evaluate.sources", held_out, _PAIRS, "evaluation"),
+        *held_out,
     ):
         for number, source in enumerate(sources):
             problems += _source_problems(source, f"{key}.{number}", needed, purpose)
+    for key, data in sets.items():
+        for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{data.split}.tsv") if data and data.beir else ():
+            if not Path(data.beir, name).is_file():
+                problems.append(f"{key}.beir: {data.beir} has no {name}; allowed: a folder in BEIR's form")
+    for name in config.train.report_to:
+        if importlib.util.find_spec(name) is None:
+            problems.append(f"train.report_to: {name} needs its package: pip install {name}")
     optional = {
         "data.cache_url": (config.data.cache_url, "obstore", "cloud"),
+        "checkpoint.remote": (config.checkpoint.remote, "obstore", "cloud"),
         "model.lora": (config.model.lora, "peft", "lora"),
     }
     for key, (value, module, extra) in optional.items():

@@ -5,12 +5,13 @@ schema, so that what is said to be allowed is what the fields of `launch/config.
 """
 
 import difflib
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from launch.config import RunConfig
 from launch.errors import UserError
@@ -32,28 +33,36 @@ FOREIGN = {
     "fp16": "set train.precision to fp16",
 }
 
+Config = TypeVar("Config", bound=BaseModel)
+FLAGS = ("--fresh", "--force")  # of train.py
 LONGEST_FILE = 1_000_000  # bytes; a run file has a few thousand, so this is data given by mistake
 
 
 def read_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that `path` describes after `overrides`; of two overrides of one key the last holds.
+    """The run that `path` describes after `overrides`, as read_config reads it."""
+    return read_config(path, overrides, RunConfig, "model, data and train")
+
+
+def read_config(path: Path, overrides: Sequence[str], kind: type[Config], needed: str) -> Config:
+    """What `path` describes after `overrides`; of two overrides of one key the last holds. `needed` names the sections
+    that cannot be left out.
 
     Raises UserError with one line per error: place, dotted key, what was got, what is allowed.
     """
     document = parse_yaml(_read(path), lambda line: (line, f"{path}:{line}"))
     if not isinstance(document.value, dict):
         if document.value is None and not document.problems:
-            raise UserError(f"{path}: the file is empty; it needs the sections model, data and train")
+            raise UserError(f"{path}: the file is empty; it needs {needed}")
         if not document.problems:
-            raise UserError(f"{path}:1: got {_got(document.value)}, allowed: sections (model, data, train ...)")
+            raise UserError(f"{path}:1: got {_got(document.value)}, allowed: sections ({needed} ...)")
         document.value = {}
     for number, override in enumerate(overrides):
         _apply(document, override, LONGEST_FILE + number)
     config = None
     try:
-        config = RunConfig.model_validate(document.value)
+        config = kind.model_validate(document.value)
     except ValidationError as error:
-        _explain(document, error)
+        _explain(document, error, kind.model_json_schema())
     if document.problems or config is None:
         raise UserError("\n".join(dict.fromkeys(line for _, line in sorted(document.problems, key=lambda p: p[0]))))
     return config
@@ -78,9 +87,17 @@ def run_name(path: Path) -> str:
     return path.stem if path.suffix in (".yaml", ".yml") else path.name
 
 
-def run_directory(config: RunConfig, path: Path) -> Path:
-    """Folder for everything that the run described by file `path` writes."""
-    return Path(config.train.run_dir) if config.train.run_dir else Path("runs") / run_name(path)
+def run_directory(config: RunConfig, path: Path, is_fresh: bool = False) -> Path:
+    """Folder for everything that the run described by file `path` writes.
+
+    `is_fresh`: the first of NAME, NAME-2, NAME-3 ... in which no run has begun. Every process finds the same: rank 0
+    writes run.json after all have met.
+    """
+    folder = Path(config.train.run_dir) if config.train.run_dir else Path("runs") / run_name(path)
+    if not is_fresh:
+        return folder
+    names = (folder.with_name(f"{folder.name}-{n}") if n > 1 else folder for n in itertools.count(1))
+    return next(name for name in names if not (name / "run.json").exists())
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
@@ -160,9 +177,8 @@ def _step(target: Any, name: str) -> str | int:
     raise UserError(f"got {name}, allowed: a number from 0 to {len(target) - 1}")
 
 
-def _explain(document: Document, error: ValidationError) -> None:
-    """Turn pydantic's errors into our lines, one for each key."""
-    whole = schema()
+def _explain(document: Document, error: ValidationError, whole: dict[str, Any]) -> None:
+    """Turn pydantic's errors into our lines, one for each key; `whole` is the JSON schema."""
     for problem in error.errors(include_url=False):
         path: KeyPath = ()
         value: Any = document.value

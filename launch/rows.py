@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from launch.config import ROLE, PlainSource
+from launch.config_data import ROLE, PlainSource
 from launch.errors import UserError
 from launch.files import read_json
 from launch.reader import did_you_mean, near_file
@@ -40,7 +40,7 @@ def kind_of(path: Path) -> str:
     if not path.exists():
         hint = near_file(path)
         if path.name in ("train", "held_out") and "did you mean" not in hint:
-            hint = f"; make it: nestling data docstrings --out {path.parent}"
+            hint = f"; make it: nestling data run CONFIG.yaml out={path.parent}"
         raise UserError(f"{path}: no such file or folder{hint}")
     if path.is_dir():
         if (path / "manifest.json").is_file():
@@ -106,7 +106,7 @@ def read_text(path: Path, choose: Choose, told: Callable[[int], None] = lambda d
     `told` now and then with the bytes of the file that are done.
     """
     lines = _lines(path, told)
-    return _read_csv(path, lines, choose) if path.suffix in TABLES else _read_json_lines(path, lines, choose)
+    return read_table(path, lines, choose) if path.suffix in TABLES else read_json_lines(path, lines, choose)
 
 
 def _lines(path: Path, told: Callable[[int], None]) -> Iterator[tuple[int, str]]:
@@ -129,7 +129,7 @@ def _lines(path: Path, told: Callable[[int], None]) -> Iterator[tuple[int, str]]
             raise UserError(f"{path}: gzip is damaged after line {number:,}: {error}; copy the file again") from None
 
 
-def _read_json_lines(path: Path, lines: Iterator[tuple[int, str]], choose: Choose) -> Rows:
+def read_json_lines(path: Path, lines: Iterator[tuple[int, str]], choose: Choose) -> Rows:
     """One JSON object a line; blank lines between them hold no row."""
     chosen = False
     for number, line in lines:
@@ -158,28 +158,46 @@ def _read_json_lines(path: Path, lines: Iterator[tuple[int, str]], choose: Choos
         yield number, row
 
 
-def _read_csv(path: Path, lines: Iterator[tuple[int, str]], choose: Choose) -> Rows:
-    """A table with a header line, fields quoted as in RFC 4180, separated by commas or (.tsv) tabs."""
+def read_table(path: Path, lines: Iterator[tuple[int, str]], choose: Choose, strict: bool = True) -> Rows:
+    """A table with a header line, fields quoted as in RFC 4180, separated by commas or (.tsv) tabs.
+
+    Broken quoting is a UserError, or, not `strict`, what is wrong with a row.
+    """
     limit = csv.field_size_limit(_LONGEST_FIELD)
-    table = csv.reader((line for _, line in lines), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    at = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal at
+        for at, line in lines:  # noqa: B007 (the number of the line that the reader has come to)
+            yield line
+
+    table = csv.reader(texts(), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    header: list[str] | None = None
     try:
-        header = next(table, None)
-        if not header:
-            raise UserError(f"{path}:1: the header is empty; allowed: column names in the first line")
-        if twice := {name for name in header if header.count(name) > 1}:
-            raise UserError(f"{path}:1: column {sorted(twice)[0]!r} stands there twice, allowed: once")
-        choose(header)
-        start = table.line_num + 1
-        for fields in table:
-            if len(fields) == len(header):
+        while True:
+            start = at + 1
+            try:
+                fields = next(table, None)
+            except csv.Error as error:
+                if strict or header is None:
+                    raise UserError(
+                        f"{path}:{at}: broken CSV: {error}; a text with quotes, separators or line "
+                        'breaks must stand in quotes, with "" for a quote in it'
+                    ) from None
+                yield start, f"broken CSV: {error}"
+                continue
+            if header is None:
+                header = fields
+                if not header:
+                    raise UserError(f"{path}:1: the header is empty; allowed: column names in the first line")
+                if twice := {name for name in header if header.count(name) > 1}:
+                    raise UserError(f"{path}:1: column {sorted(twice)[0]!r} stands there twice, allowed: once")
+                choose(header)
+            elif fields is None:
+                break
+            elif len(fields) == len(header):
                 yield start, dict(zip(header, fields, strict=True))
             elif fields:
                 yield start, f"got {len(fields)} fields, allowed: {len(header)} as in the header"
-            start = table.line_num + 1
-    except csv.Error as error:
-        raise UserError(
-            f"{path}:{table.line_num}: broken CSV: {error}; a text with quotes, separators or line "
-            'breaks must stand in quotes, with "" for a quote in it'
-        ) from None
     finally:
         csv.field_size_limit(limit)

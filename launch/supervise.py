@@ -1,9 +1,10 @@
 """Keeps a run going: starts its launcher, starts it again after a crash, and ends with the run's own exit code.
 
-    nestling supervise accelerate launch --config_file X.yaml train.py RUN.yaml [section.key=value ...]
+    nestling supervise accelerate launch --config_file X.yaml train.py RUN.yaml [--fresh] [section.key=value ...]
 
-A launcher turns every code of its workers into 1; so each worker leaves its own code in a folder that the environment
-names (`EXIT_CODES` of launch/errors.py). What the user must mend is not tried again.
+A launcher turns every code of its workers into 1; so each worker leaves its own code, and before it its number as a
+process, in a folder that the environment names (`EXIT_CODES` of launch/errors.py). A signal to stop goes to the workers
+alone: launchers kill what they pass one on to. What the user must mend is not tried again.
 """
 
 import os
@@ -12,77 +13,175 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from launch.errors import EXIT_CHECK, EXIT_CODES, EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, UserError
+import psutil
+
+from launch.config import RunConfig
+from launch.errors import (
+    EXIT_CHECK,
+    EXIT_CODES,
+    EXIT_CRASH,
+    EXIT_DONE,
+    EXIT_PREEMPTED,
+    EXIT_USER,
+    STOP_SIGNALS,
+    UserError,
+    signal_at_parents_end,
+)
 from launch.files import read_json
-from launch.reader import read_run, run_directory
+from launch.reader import FLAGS, read_run, run_directory
 
 _ALLOWED = "allowed: accelerate launch [...] train.py RUN.yaml [section.key=value ...]"
 RESTARTS = 3  # after crashes, one after the other, without a new checkpoint between them
 PAUSE = 5.0  # seconds before the first of them; each further one waits twice as long
 MEMORY_MARKERS = "out_of_memory.*.json"
+# Of several nodes: called before each start with the budget of micro-batches to go on with, or None, and with whether
+# this supervisor was told to stop; returns the budget of all nodes.
+Round = Callable[[int | None, Callable[[], bool]], int | None]
 
 
-def supervise(command: Sequence[str], pause: float = PAUSE) -> int:
+def supervise(command: Sequence[str], pause: float = PAUSE, before: Round | None = None) -> int:
     """Run `command` until it is done or cannot go on; returns an exit code of launch/errors.py.
 
     A run that was out of memory goes on from its last checkpoint with half the micro-batches, without a pause.
+    `before` is where several nodes meet.
     """
-    words, run_dir = list(command), _run_dir(command)
+    command, config, run_dir = _read(command)
+    budget: int | None = None
     crashes, last = 0, _newest(run_dir)
-    while True:
-        _take_markers(run_dir)  # of a run that nobody supervised
-        code = _start(words)
-        if tokens := _take_markers(run_dir):
-            words = [*command, f"train.micro_batch_tokens={min(tokens)}"]
-            _say(f"out of memory; going on with {words[-1]}")
-            continue
-        if code != EXIT_CRASH:
-            return code
-        newest = _newest(run_dir)
-        crashes, last = (1 if newest != last else crashes + 1), newest
-        if crashes > RESTARTS:
-            _say(f"the run crashed {crashes} times without a new checkpoint; see the output above")
-            return EXIT_CRASH
-        wait = pause * 2 ** (crashes - 1)
-        _say(f"the run crashed; restart {crashes} of {RESTARTS} in {wait:.0f} s")
-        time.sleep(wait)
+    with _Stops() as stops:
+        while True:
+            if before:
+                budget = before(budget, lambda: stops.came)
+            words = [*command, f"train.micro_batch_tokens={budget}"] if budget else command
+            _take_markers(run_dir)  # of a run that nobody supervised
+            code = _start(words, stops, config.train.grace_seconds)
+            tokens = _take_markers(run_dir)
+            if code in (EXIT_CRASH, EXIT_PREEMPTED) and _is_finished(run_dir):  # hit between its last word and its end
+                return EXIT_DONE
+            if code != EXIT_CRASH and not tokens:
+                return code
+            if stops.came:
+                return EXIT_PREEMPTED
+            if tokens:
+                budget = min(tokens)
+                _say(f"out of memory; going on with train.micro_batch_tokens={budget}")
+                continue
+            newest = _newest(run_dir)
+            crashes, last = (1 if newest != last else crashes + 1), newest
+            if crashes > RESTARTS:
+                _say(f"the run crashed {crashes} times without a new checkpoint; see the output above")
+                return EXIT_CRASH
+            wait = pause * 2 ** (crashes - 1)
+            _say(f"the run crashed; restart {crashes} of {RESTARTS} in {wait:.0f} s")
+            if stops.wait(wait):
+                return EXIT_PREEMPTED
 
 
-def _run_dir(command: Sequence[str]) -> Path:
+def _read(command: Sequence[str]) -> tuple[list[str], RunConfig, Path]:
+    """The command as it is to be repeated, its config and its run folder."""
     scripts = [place for place, word in enumerate(command) if Path(word).name == "train.py"]
     if not scripts or len(command) <= scripts[0] + 1:
         raise UserError(f"supervise: got {' '.join(command) or 'no command'}; {_ALLOWED}")
-    run_file = Path(command[scripts[0] + 1])
-    return run_directory(read_run(run_file, command[scripts[0] + 2 :]), run_file)
+    words = [word for word in command if word != "--fresh"]
+    run_file = Path(words[scripts[0] + 1])
+    config = read_run(run_file, [word for word in words[scripts[0] + 2 :] if word not in FLAGS])
+    is_fresh = "--fresh" in command
+    run_dir = run_directory(config, run_file, is_fresh)
+    if is_fresh:  # once, not at every restart
+        words.append(f"train.run_dir={run_dir}")
+    return words, config, run_dir
 
 
-def _start(words: Sequence[str]) -> int:
+class _Stops:
+    """Signals to stop, passed on to the workers that have begun, to the launcher where none has."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self.launcher: subprocess.Popen[bytes] | None = None
+        self.folder = Path()
+
+    def __enter__(self) -> "_Stops":
+        self._before = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _pass_on(self, number: int, _: object) -> None:
+        self.came = True
+        workers = _workers(self.folder)
+        for worker in workers:
+            with suppress(psutil.Error):
+                worker.send_signal(number)
+        if not workers and self.launcher is not None:
+            self.launcher.send_signal(signal.SIGTERM)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether one comes within `seconds`."""
+        end = time.monotonic() + seconds
+        while not self.came and time.monotonic() < end:
+            time.sleep(min(0.2, seconds))
+        return self.came
+
+
+def _start(words: Sequence[str], stops: _Stops, grace: float) -> int:
     """Run a launcher to its end; the worst code that a worker left, a crash where none says more."""
     with tempfile.TemporaryDirectory(prefix="nestling-") as folder:
+        stops.folder = Path(folder)
+        # torchrun kills its workers so long after it was told to stop, 30 s unless it is told more.
+        limits = {EXIT_CODES: folder, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(round(grace + 10))}
+        environment = os.environ | limits
         try:
-            process = subprocess.Popen(words, env=os.environ | {EXIT_CODES: folder})
+            stops.launcher = subprocess.Popen(words, env=environment, preexec_fn=_as_launcher)  # noqa: PLW1509
         except OSError as error:
             raise UserError(f"supervise: cannot start {words[0]}: {error.strerror}") from None
-        stops: list[int] = []
+        launcher = stops.launcher.wait()
+        stops.launcher = None
+        # A launcher that was killed has left them behind; each was told so by the kernel, and saves.
+        _, left = psutil.wait_procs([p for p in psutil.process_iter() if _is_of(p, folder)], timeout=grace)
+        for process in left:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left)
+        files = list(Path(folder).iterdir())  # of each rank that began pid.RANK, of each that ended RANK with its code
+        begun = sum(file.name.startswith("pid.") for file in files)
+        codes = [int(text) for file in files if not file.name.startswith("pid.") and (text := file.read_text())]
+    for code in (EXIT_USER, EXIT_CHECK):  # its launcher then has the other ranks stop
+        if code in codes:
+            return code
+    if EXIT_PREEMPTED in codes:  # nobody asked for it where the launcher or a rank was killed
+        return EXIT_CRASH if (launcher < 0 or len(codes) < begun) and not stops.came else EXIT_PREEMPTED
+    return EXIT_DONE if launcher == 0 else EXIT_CRASH
 
-        def stop(number: int, _: object) -> None:
-            stops.append(number)
-            process.send_signal(number)
 
-        before = signal.signal(signal.SIGTERM, stop)
-        try:
-            launcher = process.wait()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        if launcher == 0:
-            return EXIT_DONE
-        codes = {int(file.read_text()) for file in Path(folder).iterdir()}
-    stopped = [128 + number for number in stops[:1]]  # as a shell says it
-    said = [code for code in (EXIT_USER, EXIT_CHECK, EXIT_PREEMPTED) if code in codes]
-    return (said + stopped + [EXIT_CRASH])[0]
+def _as_launcher() -> None:
+    """A launcher ends with us, and answers no signal that a platform sends to everyone but means for the ranks."""
+    signal_at_parents_end(signal.SIGTERM)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _workers(folder: Path) -> list[psutil.Process]:
+    """The ranks that have begun."""
+    found = []
+    for file in folder.glob("pid.*"):
+        with suppress(psutil.Error, ValueError):
+            process = psutil.Process(int(file.read_text()))
+            if _is_of(process, str(folder)):  # and no other that was given its number
+                found.append(process)
+    return found
+
+
+def _is_of(process: psutil.Process, folder: str) -> bool:
+    """Whether a process is one of the launch whose codes lie in `folder`."""
+    with suppress(psutil.Error):
+        return process.environ().get(EXIT_CODES) == folder
+    return False
 
 
 def _take_markers(run_dir: Path) -> list[int]:
@@ -92,6 +191,11 @@ def _take_markers(run_dir: Path) -> list[int]:
     for marker in markers:
         marker.unlink()
     return tokens
+
+
+def _is_finished(run_dir: Path) -> bool:
+    record = run_dir / "run.json"
+    return record.exists() and bool(read_json(record).get("finished"))
 
 
 def _newest(run_dir: Path) -> list[str]:

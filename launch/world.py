@@ -19,8 +19,8 @@ _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _COPIES = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun", "SLURM_STEP_NUM_TASKS": "srun"}
 _START = "accelerate launch --config_file configs/accelerate"
 USAGE = f"""\
-usage: {_START}/cpu.yaml train.py RUN.yaml [section.key=value ...]
-next:  nestling data docstrings --out data/demo
+usage: {_START}/cpu.yaml train.py RUN.yaml [--fresh] [--force] [section.key=value ...]
+next:  nestling data run configs/data/demo.yaml
        nestling check configs/demo.yaml
        {_START}/cpu.yaml train.py configs/demo.yaml"""
 
@@ -60,21 +60,7 @@ def read_world(environment: Mapping[str, str] = os.environ) -> World:
 
 def check_world(config: RunConfig, world: World) -> None:
     """Raise UserError where the number of processes is not what the run file or the launcher's flags say."""
-    if asked := requested_processes():
-        number, origin = asked
-        if number != world.world_size:
-            raise UserError(
-                f"processes: {origin} asks for {number}, got {world.world_size}; {_why(world)}; start with "
-                f"{_START}/cpu.yaml --num_processes {number} (CPU) or ddp.yaml (GPU) train.py RUN.yaml"
-            )
-    if world.world_size == 1 and not any(map(os.environ.get, _TORCHRUN)):
-        for variable, starter in _COPIES.items():
-            copies = os.environ.get(variable, "1")
-            if asked is None and copies.isdecimal() and int(copies) > 1:
-                raise UserError(
-                    f"processes: {starter} started {copies} copies ({variable}) that know nothing of each "
-                    f"other, allowed: one per machine, which runs {_START}/ddp.yaml train.py RUN.yaml"
-                )
+    check_processes(world, "train.py RUN.yaml")
     if config.train.world_size not in (None, world.world_size):
         number = config.train.world_size
         raise UserError(
@@ -82,6 +68,25 @@ def check_world(config: RunConfig, world: World) -> None:
             f"{_START}/cpu.yaml --num_processes {number} (CPU) or ddp.yaml (GPU) train.py RUN.yaml, "
             f"or write train.world_size={world.world_size}"
         )
+
+
+def check_processes(world: World, program: str) -> None:
+    """Raise UserError where the number of processes is not what the launcher's flags say; `program` is what it runs."""
+    if asked := requested_processes():
+        number, origin = asked
+        if number != world.world_size:
+            raise UserError(
+                f"processes: {origin} asks for {number}, got {world.world_size}; {_why(world)}; start with "
+                f"{_START}/cpu.yaml --num_processes {number} (CPU) or ddp.yaml (GPU) {program}"
+            )
+    if world.world_size == 1 and not any(map(os.environ.get, _TORCHRUN)):
+        for variable, starter in _COPIES.items():
+            copies = os.environ.get(variable, "1")
+            if asked is None and copies.isdecimal() and int(copies) > 1:
+                raise UserError(
+                    f"processes: {starter} started {copies} copies ({variable}) that know nothing of each "
+                    f"other, allowed: one per machine, which runs {_START}/ddp.yaml {program}"
+                )
 
 
 def engine_asked_for() -> Literal["FSDP", "DEEPSPEED"] | None:

@@ -165,7 +165,9 @@ def _block(values: dict[str, Any], indent: str) -> Iterator[str]:
 
 def inline(value: Any) -> str:
     """A value in one line: JSON, which is YAML, or a plain text where that is read back as the same text."""
-    if isinstance(value, str) and _PLAIN.fullmatch(value) and value == _plain(value):
+    # A text that looks like a number, be it one that is not finite, is quoted.
+    looks_otherwise = isinstance(value, str) and (value in WORDS or INTEGER.fullmatch(value) or FLOAT.fullmatch(value))
+    if isinstance(value, str) and _PLAIN.fullmatch(value) and not looks_otherwise:
         return value
     return re.sub(
         r"[^ -~\n]",

@@ -1,7 +1,8 @@
 """Any model under any engine, on CPUs (gloo) and GPUs (NCCL) alike, and what the engine holds of it as whole vectors.
 
-Precision is what accelerate makes of `mixed_precision`: fp32 without TF32, or bf16 as autocast around the forward (one
-process, DDP), with FSDP2's policy and our change of it beside it, or as DeepSpeed's weights in bf16 over fp32 masters.
+Precision is what accelerate makes of `mixed_precision`: fp32 without TF32, or bf16 and fp16 as autocast around the
+forward (one process, DDP), with FSDP2's policy and our change of it beside it, or as DeepSpeed's low weights over fp32
+masters. fp16 has a scaler, which DeepSpeed brings itself.
 """
 
 import json
@@ -24,7 +25,8 @@ from tests.distributed import device
 from trainer.weights import name_layers
 
 ROOT = Path(__file__).parent.parent
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 ONE_MODE = ("single", "ddp")  # what knows no lean mode
 _NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
@@ -45,9 +47,9 @@ def as_torchrun(rank: int) -> None:
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 
 
-def under_autocast(model: nn.Module) -> None:
-    """Put accelerate's autocast to bf16, which gives fp32 embeddings, around the model's forward."""
-    model.forward = convert_outputs_to_fp32(torch.autocast(device().type, torch.bfloat16)(model.forward))
+def under_autocast(model: nn.Module, precision: Precision) -> None:
+    """Put accelerate's autocast, which gives fp32 embeddings, around the model's forward."""
+    model.forward = convert_outputs_to_fp32(torch.autocast(device().type, LOW[precision])(model.forward))
 
 
 def prepared(
@@ -57,22 +59,24 @@ def prepared(
     learning_rate: float,
     clip: float = 0.0,
     precision: Precision = "fp32",
+    scale: int = 10,
 ) -> Any:
     """`model`, whose weights are fp32, as the engine has it; `layers` are groups of their own. All ranks must call.
 
-    DeepSpeed gets its own SGD with `learning_rate` and clips the gradient's norm at `clip`, 0 = not at all.
+    DeepSpeed gets its own SGD with `learning_rate` and clips the gradient's norm at `clip`, 0 = not at all; its scaler
+    of fp16 begins with 2^`scale`.
     """
     torch.set_float32_matmul_precision("highest")
     model.to(device())
-    if precision == "bf16" and not name.startswith("zero"):
-        under_autocast(model)
+    if precision in LOW and not name.startswith("zero"):
+        under_autocast(model, precision)
     if name == "single":
         return model
     if name == "ddp":
         return DistributedDataParallel(model)
     if name == "fsdp2":
         layers = list(layers)
-        low = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16) if precision == "bf16" else None
+        low = MixedPrecisionPolicy(*[LOW[precision]] * 3) if precision in LOW else None
         plugin = SimpleNamespace(mixed_precision_policy=low)  # as accelerate makes it
         plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
         name_layers(plugin, model)  # pyright: ignore[reportArgumentType]
@@ -93,9 +97,10 @@ def prepared(
         "zero_optimization": stage,
         "gradient_clipping": clip,
     }
-    if precision == "bf16":
+    if precision in LOW:
         ours = json.loads((ROOT / f"configs/deepspeed/{name}.json").read_text())
-        config |= {"bf16": {"enabled": True}, "data_types": ours["data_types"]}
+        scaler = {"initial_scale_power": scale, "hysteresis": 1} if precision == "fp16" else {}
+        config |= {precision: {"enabled": True, **scaler}, "data_types": ours["data_types"]}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 

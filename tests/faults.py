@@ -1,10 +1,12 @@
 """Makes a rank of a run raise, end or stand still at a stated place of a stated step, for tests only.
 
 `FAULTS="PLACE:KIND:RANK:STEP ..." python -m tests.faults train.py RUN.yaml ...` is train.py with these faults. Kinds:
-raise, user (a UserError), kill, stop, term, sleep (forever), or seconds to sleep. FAULT_ENGINE=1 runs the launcher's
-engine over gloo, FAULT_NODES=1 has each launcher's ranks believe that they are on a machine of their own.
+raise, user (a UserError), an OSError by its name (ENOSPC), kill, stop, term, sleep (forever), or seconds to sleep.
+FAULT_ENGINE=1 runs the launcher's engine over gloo, FAULT_NODES=1 has each launcher's ranks believe that they are on a
+machine of their own, FAULT_CLOCK=1 has the wall clock go backwards.
 """
 
+import errno
 import importlib
 import os
 import runpy
@@ -27,7 +29,8 @@ WHERE = {
     "cache": ("trainer.exact_step", "token_cache"),
     "held_out": ("trainer.gradcache", "GradCache.loss"),
     "checkpoint": ("trainer.checkpoint", "partial_name"),
-    "evaluation": ("trainer.embed", "embed"),
+    "publish": ("trainer.checkpoint", "publish"),  # in the thread that writes
+    "evaluation": ("trainer.embedder", "ModelEmbedder.lengths"),
 }
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
 
@@ -39,6 +42,8 @@ def fail(kind: str) -> None:
         raise ValueError("made by the test")
     if kind == "user":
         raise UserError("made by the test")
+    if hasattr(errno, kind):
+        raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
     if kind in SIGNALS:
         os.kill(os.getpid(), SIGNALS[kind])
         time.sleep(5 * (kind == "term"))
@@ -68,6 +73,8 @@ def install(place: str, kind: str, step: int) -> None:
 
     def replaced(*arguments: Any, **named: Any) -> Any:
         at = arguments[1][1] + 1 if place == "worker" else now
+        if place == "publish":  # training has gone on
+            at = int(arguments[1].name.removeprefix("step-"))
         if place in ("replay", "backward") and len(arguments) < 3:  # the agreement after the first pass
             at = 0
         if at == step and place != "backward":
@@ -87,6 +94,9 @@ if __name__ == "__main__":
         use_gloo()
     if os.environ.get("FAULT_NODES"):
         setattr(importlib.import_module("trainer.watch"), "_pid_namespace", lambda: os.environ["GROUP_RANK"])  # noqa: B010
+    if os.environ.get("FAULT_CLOCK"):
+        begin = time.time() + 5 * time.monotonic()
+        time.time = lambda: begin - 5 * time.monotonic()
     for fault in os.environ["FAULTS"].split():
         where, what, rank, when = fault.split(":")
         if rank in ("all", os.environ.get("RANK", "0")):

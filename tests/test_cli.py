@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 def test_help_lists_every_verb_and_the_exit_codes() -> None:
     done = _run(*NESTLING, "--help")
     assert done.returncode == 0
-    for verb in ("config", "check", "data", "export", "verify", "report"):
+    for verb in ("config", "check", "data", "export", "verify", "publish", "embed", "report"):
         assert any(line.strip().startswith(verb + " ") for line in done.stdout.splitlines()), verb
     assert "0 done, 1 crash, 2 user error (one line each), 3 a check failed, 75 preempted" in done.stdout
 
@@ -59,8 +59,8 @@ def test_unknown_verb() -> None:
     done = _run(*NESTLING, "exprot")
     assert done.returncode == 2
     assert done.stderr == (
-        "nestling: got 'exprot', allowed: config, check, data, export, verify, report, supervise; "
-        "did you mean export?\n"
+        "nestling: got 'exprot', allowed: config, check, data, plan, embed, eval, export, verify, sign, "
+        "check-signature, publish, report, launch, supervise; did you mean export?\n"
     )
 
 
@@ -110,7 +110,7 @@ def test_programs_get_their_arguments_and_keep_their_exit_code(folder: Path) -> 
 
 def test_signals_reach_the_program(folder: Path) -> None:
     process = subprocess.Popen(
-        [*NESTLING, "data", "docstrings", "--out", str(folder / "out")],
+        [*NESTLING, "data", "run", "configs/data/demo.yaml", f"out={folder / 'out'}"],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -119,10 +119,10 @@ def test_signals_reach_the_program(folder: Path) -> None:
     try:
         for _ in range(100):
             line = Path(f"/proc/{process.pid}/cmdline").read_bytes()
-            if b"data_tools.docstrings" in line:
+            if b"data_tools.pipeline" in line:
                 break
             time.sleep(0.1)
-        assert b"data_tools.docstrings" in line  # the same process, so a signal has one address
+        assert b"data_tools.pipeline" in line  # the same process, so a signal has one address
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == -signal.SIGTERM
     finally:
@@ -131,7 +131,10 @@ def test_signals_reach_the_program(folder: Path) -> None:
     assert not (folder / "out" / "train").exists()
 
 
-@pytest.mark.parametrize(("verb", "package", "extra"), [("export", "torch", "train"), ("data", "pyarrow", "data")])
+@pytest.mark.parametrize(
+    ("verb", "package", "extra"),
+    [("export", "torch", "train"), ("embed", "torch", "train"), ("data", "pyarrow", "data")],
+)
 def test_a_missing_extra_is_one_line(folder: Path, verb: str, package: str, extra: str) -> None:
     # The base install: an interpreter that has launch's own packages and no other.
     base = folder / "base"
@@ -141,7 +144,7 @@ def test_a_missing_extra_is_one_line(folder: Path, verb: str, package: str, extr
         path = Path(found.__file__) if found.__file__ else Path(next(iter(found.__path__))) / "__init__.py"
         source = path if path.name != "__init__.py" else path.parent
         (base / source.name).symlink_to(source)
-    words = [verb, "docstrings"] if verb == "data" else [verb, "model"]
+    words = [verb, "show"] if verb == "data" else [verb, "model"]
     paths = os.pathsep.join([str(ROOT), str(base)])
     done = _run(sys.executable, "-S", "-m", "launch.cli", *words, folder=folder, PYTHONPATH=paths)
     verb = " ".join(words) if verb == "data" else verb
@@ -155,7 +158,11 @@ def test_train_without_a_run_file_says_what_comes_next() -> None:
     lines = done.stderr.splitlines()
     assert len(lines) == 4
     assert "usage: accelerate launch --config_file configs/accelerate/cpu.yaml train.py RUN.yaml" in lines[0]
-    assert [line.split()[-1] for line in lines[1:]] == ["data/demo", "configs/demo.yaml", "configs/demo.yaml"]
+    assert [line.split()[-1] for line in lines[1:]] == [
+        "configs/data/demo.yaml",
+        "configs/demo.yaml",
+        "configs/demo.yaml",
+    ]
 
 
 def test_train_reports_every_problem_once_per_machine(folder: Path) -> None:

@@ -107,9 +107,8 @@ evaluate: {}
         "FILE:15: train.seed: this key stands here twice",
         "FILE:16: train.gradient_accumulation_steps: unknown key; it adds no negatives to a contrastive batch; "
         "set train.global_batch_size",
-        "FILE:17: checkpoint: got null, allowed: a section with every, keep",
-        "FILE:18: evaluate.sources: required and missing; allowed: a list of at least 1, each a section with path, "
-        "hub, split, revision, columns, license",
+        "FILE:17: checkpoint: got null, allowed: a section with every, keep, remote",
+        "FILE:18: evaluate: give exactly one of sources and beir",
     ]
 
 
@@ -213,7 +212,7 @@ def test_overrides(tmp_path: Path) -> None:
             "model.prompts.query=query: ",
             "model.prompts.query: got a mapping, allowed: text or null; put quotes",
         ),
-        ("evaluate.max_queries=3", "evaluate.sources: required and missing"),
+        ("evaluate.max_queries=3", "evaluate: give exactly one of sources and beir"),
         ("loss.arguments={scale: 1, scale: 2}", "scale: this key stands here twice"),
     ],
 )
@@ -251,6 +250,14 @@ def test_remote_code_needs_a_pinned_commit(tmp_path: Path) -> None:
             ["data.sources.0.weight=2", "data.sources.1.weight=1"],
             "data: got weights without epoch_steps; allowed: a weight for every source and epoch_steps, or neither",
         ),
+        (
+            ["data.sources.0.weight=2", "data.sources.1.weight=1", "data.epoch_steps=5", "data.sources.0.epoch_rows=8"],
+            "has a weight and epoch_rows; its weight and epoch_steps say how much is read",
+        ),
+        (
+            ["data.sources.0.epoch_rows=8", "loss.step=library"],
+            "data.sources[].epoch_rows: for the exact step only; allowed with loss.step=exact",
+        ),
         (["data.epoch_steps=5"], "data: got epoch_steps without weights; allowed: a weight for every source"),
         (["data.sources.0.weight=0"], "data.sources.0.weight: got 0 (int), allowed: number > 0 or null"),
         (
@@ -273,6 +280,12 @@ def test_remote_code_needs_a_pinned_commit(tmp_path: Path) -> None:
             ["data.sources.0.path=http://host/a.csv"],
             "data.sources.0.path: got 'http://host/a.csv', allowed: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://",
         ),
+        (
+            ["checkpoint.remote=file://runs/one"],
+            "checkpoint.remote: got 'file://runs/one', allowed: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, "
+            "az://CONTAINER/PREFIX, file:///FOLDER",
+        ),
+        (["checkpoint.remote=s3://key:secret@bucket/x"], "checkpoint.remote: got 's3://...@bucket/x', allowed"),
         (["data.cache_url=bucket/cache"], "data.cache_url: got 'bucket/cache', allowed: s3://BUCKET/PREFIX"),
         (["evaluate.sources=[{path: a.csv, weight: 1}]"], "evaluate.sources.0.weight: unknown key"),
     ],
@@ -300,7 +313,9 @@ def test_every_run_file_parses_and_round_trips(path: Path, tmp_path: Path) -> No
 
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.text(string.printable, max_size=8)
-_WORDS = st.sampled_from(["yes", "null", "~", "1_0", "0o7", "0x1f", "1e5", ".5", "-", "? x", "a: b", "#c", "&a", "*a"])
+_WORDS = st.sampled_from(
+    ["yes", "null", "~", "1_0", "0o7", "0x1f", "1e5", ".5", ".nan", "-.inf", "-", "? x", "a: b", "#c", "&a", "*a"]
+)
 _NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st.booleans() | st.none()
 _VALUES = st.recursive(_TEXT | _WORDS | _NUMBERS, lambda v: st.lists(v) | st.dictionaries(_TEXT, v), max_leaves=6)
 

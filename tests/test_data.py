@@ -7,7 +7,8 @@ from typing import Any
 import datasets
 import pytest
 
-from launch.config import RunConfig, Source
+from launch.config import RunConfig
+from launch.config_data import Source
 from launch.errors import UserError
 from trainer.data import data_order, open_sources, refuse_gaps
 
@@ -35,6 +36,15 @@ def test_the_order_of_a_run_follows_its_weights() -> None:
     assert plain.batches == (2, 0, 12)
 
 
+def test_a_capped_source_goes_on_with_its_other_rows() -> None:
+    config = _config({"path": "a.csv", "epoch_rows": 20}, {"path": "b.csv", "epoch_rows": 500}, {"path": "c.csv"})
+    order = data_order(config, _facts(48, 16, 100))
+    assert order.batches == (2, 2, 12)  # 20 rows hold two batches of 8; a cap above its rows changes nothing
+    read = [order.rows_of_step(epoch, step) for epoch in range(3) for step in range(order.steps_per_epoch)]
+    rows = [int(row) for batch in read for row in batch if row < 48]
+    assert sorted(rows) == list(range(48))  # three epochs of 16 rows: each once before any again
+
+
 @pytest.mark.parametrize(
     ("config", "rows", "message"),
     [
@@ -45,6 +55,11 @@ def test_the_order_of_a_run_follows_its_weights() -> None:
             "lower train.global_batch_size or leave the source out",
         ),
         (_weighted(1, 9, steps=4), (80, 80), "data.epoch_steps: got 4, of which a.csv would get none; raise it or its"),
+        (
+            _config({"path": "a.csv", "epoch_rows": 7}),
+            (80,),
+            "data.sources: a.csv has epoch_rows 7; allowed: at least one global batch of 8",
+        ),
         (
             _config({"path": "a.csv"}, {"path": "b.csv"}),
             (7, 5),

@@ -12,9 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.spawn import spawn
 
-from trainer.embed import cuts, deal, embed
+from tests import distributed
+from tests.tiny_models import minilm
+from trainer.embed import cuts, deal, embed_share
+from trainer.embed import embed as embed_with
+from trainer.embedder import ModelEmbedder
 
 ALONE: Any = SimpleNamespace(rank=0, world_size=1)
+
+
+def embed(model: Any, texts: list[str], role: Any, *, batch_tokens: int, world: Any = ALONE) -> np.ndarray:
+    return embed_with(ModelEmbedder(model), texts, role, batch_tokens=batch_tokens, world=world)
 
 
 def texts(count: int = 37) -> list[str]:
@@ -39,24 +47,26 @@ def texts(count: int = 37) -> list[str]:
 @pytest.mark.parametrize("budget", [1, 600, 10**9])
 def test_equals_encode_whatever_the_budget(minilm: Any, budget: int) -> None:
     expected = minilm.encode(texts(), normalize_embeddings=True)
-    got = embed(minilm, texts(), "document", prompt=None, max_length=None, batch_tokens=budget, world=ALONE)
+    got = embed(minilm, texts(), "document", batch_tokens=budget)
     assert got.dtype == np.float32 and got.shape == expected.shape
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_prompt_length_and_kind_reach_the_model(minilm: Any) -> None:
     expected = minilm.encode(texts(9), prompt="query: ", normalize_embeddings=True)
-    got = embed(minilm, texts(9), "query", prompt="query: ", max_length=None, batch_tokens=900, world=ALONE)
+    minilm.prompts["query"] = "query: "
+    got = embed(minilm, texts(9), "query", batch_tokens=900)
     np.testing.assert_allclose(got, expected, atol=1e-6)
-    short = embed(minilm, texts(9), "query", prompt=None, max_length=12, batch_tokens=900, world=ALONE)
+    minilm.prompts.clear()
     minilm.max_seq_length = 12
+    short = embed(minilm, texts(9), "query", batch_tokens=900)
     np.testing.assert_allclose(short, minilm.encode(texts(9), normalize_embeddings=True), atol=1e-6)
     assert np.abs(short - got).max() > 0.01
 
 
 def test_vectors_of_a_model_that_does_not_normalise_have_unit_length_too(minilm: Any) -> None:
     del minilm[2]
-    got = embed(minilm, texts(5), "document", prompt=None, max_length=None, batch_tokens=900, world=ALONE)
+    got = embed(minilm, texts(5), "document", batch_tokens=900)
     assert np.linalg.norm(minilm.encode(texts(5)), axis=1).min() > 1.5
     np.testing.assert_allclose(got, minilm.encode(texts(5), normalize_embeddings=True), atol=1e-6)
 
@@ -64,7 +74,7 @@ def test_vectors_of_a_model_that_does_not_normalise_have_unit_length_too(minilm:
 def test_distinct_texts_go_through_the_model_once_and_batches_keep_the_budget(minilm: Any) -> None:
     shapes = []
     minilm[0].register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0]["input_ids"].shape)))
-    embed(minilm, texts() * 3, "document", prompt=None, max_length=None, batch_tokens=1024, world=ALONE)
+    embed(minilm, texts() * 3, "document", batch_tokens=1024)
     assert sum(rows for rows, _ in shapes) == len(set(texts()))
     assert all(rows * longest <= 1024 for rows, longest in shapes)
     assert shapes == sorted(shapes, key=lambda shape: -shape[1])
@@ -74,8 +84,8 @@ def test_training_flags_and_gradients_are_left_alone(minilm: Any) -> None:
     minilm.train()
     minilm[1].eval()
     before = [module.training for module in minilm.modules()]
-    got = embed(minilm, ["a", "b"], "document", prompt=None, max_length=None, batch_tokens=64, world=ALONE)
-    again = embed(minilm, ["a", "b"], "document", prompt=None, max_length=None, batch_tokens=64, world=ALONE)
+    got = embed(minilm, ["a", "b"], "document", batch_tokens=64)
+    again = embed(minilm, ["a", "b"], "document", batch_tokens=64)
     assert np.array_equal(got, again), "dropout was on"
     assert [module.training for module in minilm.modules()] == before
     assert torch.is_grad_enabled()
@@ -83,7 +93,7 @@ def test_training_flags_and_gradients_are_left_alone(minilm: Any) -> None:
 
 
 def test_nothing_to_embed(minilm: Any) -> None:
-    got = embed(minilm, [], "document", prompt=None, max_length=None, batch_tokens=64, world=ALONE)
+    got = embed(minilm, [], "document", batch_tokens=64)
     assert got.shape == (0, 384)
 
 
@@ -120,7 +130,7 @@ def _rank(rank: int, folder: str, model_folder: str) -> None:
     model[0].register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0]["input_ids"].shape)))
     world: Any = SimpleNamespace(rank=rank, world_size=2)
     for count, budget in ((38, 600), (37, 50), (1, 10_000)):  # odd and even numbers of distinct texts
-        got = embed(model, texts(count), "document", prompt=None, max_length=None, batch_tokens=budget, world=world)
+        got = embed(model, texts(count), "document", batch_tokens=budget, world=world)
         np.save(f"{folder}/{rank}-{count}.npy", got)
     np.save(f"{folder}/{rank}-shapes.npy", np.array(shapes))
     torch.distributed.destroy_process_group()
@@ -138,3 +148,38 @@ def test_two_processes_share_the_work_and_both_get_everything(minilm: Any, minil
     assert np.array_equal(first[:, 0], second[:, 0])
     alone = sum(len(set(texts(count))) for count in (38, 37, 1))
     assert first[:, 0].sum() <= alone / 2 + 3
+
+
+def _shares(rank: int, model_folder: str, in_memory: int) -> tuple[list[Any], bool]:
+    from sentence_transformers import SentenceTransformer
+
+    import trainer.embed
+
+    trainer.embed._IN_MEMORY = in_memory
+    embedder = ModelEmbedder(SentenceTransformer(model_folder, device="cpu"))
+    world: Any = SimpleNamespace(rank=rank, world_size=2)
+    shares = [
+        embed_share(embedder, texts(count), "document", batch_tokens=300, world=world)
+        for count in (38, 37, 1)  # odd and even numbers of distinct texts, and one that all places have
+    ]
+    on_disk = all(isinstance(share.vectors, np.memmap) for share in shares)
+    return [(share.index, np.array(share.vectors)) for share in shares], on_disk
+
+
+def test_shares_of_two_processes_hold_each_text_once_in_memory_or_on_disk(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    folder = minilm(tmp_path / "model")
+    model = SentenceTransformer(str(folder), device="cpu")
+    in_memory, on_disk = (distributed.run(_shares, 2, str(folder), limit) for limit in (1 << 30, 0))
+    assert [disk for _, disk in (*in_memory, *on_disk)] == [False, False, True, True]
+    for number, count in enumerate((38, 37, 1)):
+        expected = model.encode(texts(count), normalize_embeddings=True)
+        shares = [result[number] for result, _ in in_memory]
+        owned = np.concatenate([index for index, _ in shares])
+        assert sorted(owned.tolist()) == list(range(len(expected))), "each text is owned once over the ranks"
+        for (index, vectors), (result, _) in zip(shares, on_disk, strict=True):
+            assert vectors.dtype == np.float32 and vectors.shape == (len(index), 32)
+            np.testing.assert_allclose(vectors, expected[index], atol=1e-6)
+            assert np.array_equal(result[number][0], index) and np.array_equal(result[number][1], vectors)
+    assert all(len(index) for index, _ in in_memory[1][0][:2]), "both ranks have work"

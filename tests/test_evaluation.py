@@ -7,41 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.util import cos_sim
 
 from launch.errors import UserError
-from trainer.evaluation import RetrievalSet, evaluate, retrieval_set, rows_by_dim, table
-from trainer.metrics import METRICS, compare, holm, interval, score, search
+from tests.vectors import ALONE, Encoded, problem
+from trainer.embedder import ModelEmbedder
+from trainer.evaluation import compare as compare_models
+from trainer.evaluation import examples, joined, score, table
+from trainer.metrics import METRICS, compare, holm, interval
+from trainer.retrieval import RetrievalSet, retrieval_set
+from trainer.search import search
 
 DIMS = (64, 32, 8)
-
-
-def problem(queries: int = 40, documents: int = 300, seed: int = 0) -> tuple[RetrievalSet, np.ndarray, np.ndarray]:
-    """Random vectors in which a query lies near its 1 to 14 relevant documents, and not always nearest."""
-    random = np.random.default_rng(seed)
-    corpus = random.normal(size=(documents, 64)).astype(np.float32)
-    relevant = [
-        set(random.choice(documents, size=random.integers(1, min(15, documents)), replace=False).tolist())
-        for _ in range(queries)
-    ]
-    asked = np.stack([corpus[sorted(found)].mean(axis=0) for found in relevant])
-    asked = (asked + random.normal(scale=0.6, size=asked.shape)).astype(np.float32)
-    texts = RetrievalSet([f"q{i}" for i in range(queries)], [f"d{i:04d}" for i in range(documents)], relevant)
-    return texts, asked, corpus
-
-
-class Encoded:
-    """A model for sentence-transformers' evaluator whose vectors are given."""
-
-    def __init__(self, vectors: dict[str, np.ndarray]) -> None:
-        self.vectors = vectors
-
-    def encode(self, texts: list[str], truncate_dim: int | None = None, **_: Any) -> torch.Tensor:
-        return torch.tensor(np.stack([self.vectors[text] for text in texts])[:, :truncate_dim])
-
-    encode_query = encode_document = encode
 
 
 def by_sentence_transformers(texts: RetrievalSet, model: Any, dim: int) -> dict[str, float]:
@@ -76,8 +54,9 @@ def by_hand(relevant: set[int], query: np.ndarray, documents: np.ndarray) -> dic
 @pytest.mark.parametrize("documents", [300, 7])
 def test_metrics_equal_sentence_transformers_and_plain_loops(documents: int) -> None:
     texts, asked, corpus = problem(documents=documents)
-    model = Encoded(dict(zip(texts.queries + texts.documents, [*asked, *corpus], strict=True)))
-    scores = score(texts.relevant, asked, corpus, DIMS)
+    model = Encoded(texts, asked, corpus)
+    scored = score(model, texts, DIMS, batch_tokens=64, world=ALONE)
+    scores = {dim: scored.by_metric["float32", dim] for dim in DIMS}
     for dim in DIMS:
         for name, value in by_sentence_transformers(texts, model, dim).items():
             assert scores[dim][name].mean() == pytest.approx(value, abs=1e-6), (dim, name)
@@ -103,89 +82,32 @@ def test_a_real_model_scores_as_in_sentence_transformers(minilm: Any) -> None:
         )
     ]
     texts = retrieval_set([*rows, {"anchor": "make a user", "positive": "useradd manual"}])
-    asked, corpus = (minilm.encode(part, normalize_embeddings=True) for part in (texts.queries, texts.documents))
-    for dim, scores in score(texts.relevant, asked, corpus, (384, 16)).items():
+    scored = score(ModelEmbedder(minilm), texts, (384, 16), batch_tokens=1000, world=ALONE)
+    for (_, dim), scores in scored.by_metric.items():
         expected = by_sentence_transformers(texts, minilm, dim)
         assert {n: v.mean() for n, v in scores.items()} == pytest.approx(expected, abs=1e-6)
 
 
-def test_search_is_exact_and_tiles_change_nothing() -> None:
-    _, asked, corpus = problem(documents=500)
-    q, d = (v[:, :32].astype(float) / np.linalg.norm(v[:, :32].astype(float), axis=1)[:, None] for v in (asked, corpus))
-    expected = np.argsort(-(q @ d.T), axis=1)[:, :20]
-    results = [search(asked, corpus, 20, 32, tile) for tile in (1, 19, 20, 64, 499, 10_000)]
-    for index, cosines in results:
-        assert np.array_equal(index, expected)
-        np.testing.assert_allclose(cosines, np.take_along_axis(q @ d.T, expected, 1), atol=3e-8)
-        assert np.array_equal(cosines, results[0][1]), "bit for bit"
-
-
-def test_ties_go_to_the_smaller_index_in_every_tiling() -> None:
-    random = np.random.default_rng(1)
-    base = random.normal(size=(9, 48)).astype(np.float32)
-    which = random.integers(9, size=400)
-    corpus = base[which]  # each vector about 44 times, at places that a BLAS kernel treats differently
-    asked = random.normal(size=(11, 48)).astype(np.float32)
-    cosines = asked.astype(float) @ (base / np.linalg.norm(base, axis=1)[:, None]).T.astype(float)
-    for row, best in enumerate(np.argsort(-cosines, axis=1)):
-        expected = [i for group in best for i in np.flatnonzero(which == group)][:100]
-        for tile in (7, 64, 4096):
-            assert search(asked[row : row + 1], corpus, 100, tile=tile)[0][0].tolist() == expected
-    collapsed, _ = search(asked, np.ones((700, 48), np.float32), 10, tile=64)
-    assert np.array_equal(collapsed, np.tile(np.arange(10), (11, 1)))
-    nothing, cosine = search(np.zeros((1, 4), np.float32), np.eye(4, dtype=np.float32), 2)
-    assert nothing.tolist() == [[0, 1]] and cosine.tolist() == [[0.0, 0.0]]
+def test_grades_count_in_ndcg() -> None:
+    texts, asked, corpus = problem()
+    graded = RetrievalSet(texts.queries, texts.documents, [{d: 1 + d % 3 for d in g} for g in texts.relevant])
+    values = score(Encoded(graded, asked, corpus), graded, [64], batch_tokens=64, world=ALONE).by_metric["float32", 64]
+    for i, grades in enumerate(graded.relevant):
+        cosines = corpus.astype(float) @ asked[i].astype(float) / np.linalg.norm(corpus.astype(float), axis=1)
+        gains = [grades.get(int(d), 0) / math.log2(place + 2) for place, d in enumerate(np.argsort(-cosines)[:10])]
+        ideal = [g / math.log2(place + 2) for place, g in enumerate(sorted(grades.values(), reverse=True)[:10])]
+        assert values["ndcg@10"][i] == pytest.approx(sum(gains) / sum(ideal), abs=1e-6)
 
 
 def test_vectors_that_are_not_finite_are_refused() -> None:
     texts, asked, corpus = problem()
     corpus[[17, 40], 3] = np.nan, np.inf
     with pytest.raises(UserError, match=r"2 of 300 document vectors .* first number 17") as error:
-        evaluate(texts, {"tuned": (asked, corpus)}, DIMS)
+        score(Encoded(texts, asked, corpus), texts, DIMS, batch_tokens=64, world=ALONE)
     assert "\n" not in str(error.value)
     asked[0, 0] = np.nan
     with pytest.raises(UserError, match="1 of 40 query vectors"):
-        search(asked, corpus)
-
-
-def pairs(count: int = 60) -> list[dict[str, str]]:
-    return [{"anchor": f"question {i % 40}", "positive": f"answer {i % 50}"} for i in range(count)]
-
-
-def test_set_is_independent_of_row_order_and_drawn_by_seed() -> None:
-    rows = pairs()
-    drawn = retrieval_set(rows, 10, 30, seed=5)
-    assert drawn == retrieval_set(rows[::-1] + rows, 10, 30, seed=5)
-    assert set(drawn.queries) != set(retrieval_set(rows, 10, 30, seed=6).queries)
-    assert len(set(drawn.queries)) == 10 and len(set(drawn.documents)) == 30
-    assert set(retrieval_set(rows, 5, 30, seed=5).queries) < set(drawn.queries)
-    whole = retrieval_set(rows, 10, None, seed=5)
-    assert len(whole.documents) == 50, "the corpus stays whole when queries are drawn"
-    for one in (drawn, whole):
-        for query, found in zip(one.queries, one.relevant, strict=True):
-            assert {one.documents[d] for d in found} == {r["positive"] for r in rows if r["anchor"] == query}
-
-
-@pytest.mark.parametrize(
-    ("rows", "limits", "says"),
-    [
-        ([], (None, None), "no rows"),
-        ([{"anchor": "a", "positive": "b"}], (None, None), "got 1 distinct positive"),
-        ([{"anchor": "a", "text": "b"}], (None, None), "row 0 .* texts in anchor, text"),
-        ([{"anchor": "a", "positive": "b"}, {"anchor": None, "positive": "c"}], (None, None), "row 1"),
-        (pairs(), (10, 5), r"max_documents: got 5, .* at least 1\d"),
-    ],
-)
-def test_sets_that_cannot_be_judged(rows: list[dict[str, Any]], limits: tuple[Any, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        retrieval_set(rows, *limits)
-
-
-def test_a_query_without_answer_is_refused() -> None:
-    with pytest.raises(UserError, match="'lonely' has no relevant document"):
-        RetrievalSet(["q", "lonely"], ["a", "b"], [{1}, set()])
-    with pytest.raises(UserError, match="no queries"):
-        RetrievalSet([], ["a", "b"], [])
+        search(asked, corpus, DIMS)
 
 
 @pytest.mark.parametrize("count", [5, 12, 80])
@@ -242,55 +164,68 @@ def test_holm() -> None:
 def test_evaluation_says_what_the_format_promises() -> None:
     texts, asked, corpus = problem()
     noise = np.random.default_rng(9).normal(scale=1.2, size=asked.shape).astype(np.float32)
-    evaluation, queries = evaluate(texts, {"base": (asked + noise, corpus), "tuned": (asked, corpus)}, [8, 64, 32])
-    evaluation = json.loads(json.dumps(evaluation, allow_nan=False))
-    queries = json.loads(json.dumps(queries, allow_nan=False))
-    assert len(evaluation["results"]) == 2 * 3 * len(METRICS)
+    dims = [8, 64, 32]
+    scored = {
+        "base": score(Encoded(texts, asked + noise, corpus), texts, dims, batch_tokens=64, world=ALONE),
+        "tuned": score(
+            Encoded(texts, asked, corpus), texts, dims, ["int8", "binary"], batch_tokens=64, world=ALONE, timed=True
+        ),
+    }
+    evaluation = json.loads(json.dumps(compare_models(texts, scored), allow_nan=False))
+    queries = json.loads(json.dumps(examples(texts, scored), allow_nan=False))
+    assert len(evaluation["results"]) == (3 + 9) * len(METRICS)
     assert len(evaluation["comparisons"]) == 3 * len(METRICS)
-    assert len(evaluation["tradeoffs"]) == 2 * len(METRICS)
-    fields = {"model", "artifact", "dim", "metric", "value", "ci95", "queries", "documents"}
+    assert len(evaluation["tradeoffs"]) == 8 * len(METRICS)
+    fields = {"set", "model", "artifact", "vectors", "dim", "metric", "value", "ci95", "queries", "documents"}
     values = {}
     for entry in evaluation["results"]:
         assert set(entry) == fields
         assert entry["ci95"][0] < entry["value"] < entry["ci95"][1]
-        assert (entry["queries"], entry["documents"]) == (40, 300)
-        values[entry["model"], entry["dim"], entry["metric"]] = entry["value"]
+        assert (entry["set"], entry["queries"], entry["documents"]) == ("domain", 40, 300)
+        values[entry["model"], entry["vectors"], entry["dim"], entry["metric"]] = entry["value"]
     for entry in evaluation["comparisons"]:
-        a, b = (values[entry[side], entry["dim"], entry["metric"]] for side in "ab")
+        a, b = (values[entry[side], "float32", entry["dim"], entry["metric"]] for side in "ab")
         assert entry["difference"] == pytest.approx(b - a)
         assert entry["p_holm"] >= entry["p"]
+        assert entry["wins"] + entry["ties"] + entry["losses"] == 40
+        assert entry["wins"] > entry["losses"]
     for entry in evaluation["tradeoffs"]:
-        a, b = (values["tuned", entry[side]["dim"], entry["metric"]] for side in "ab")
-        assert entry["a"] == {"artifact": "pytorch", "dim": 64}
+        a, b = (values["tuned", entry[side]["vectors"], entry[side]["dim"], entry["metric"]] for side in "ab")
+        assert entry["a"] == {"artifact": "pytorch", "vectors": "float32", "dim": 64}
         assert entry["difference"] == pytest.approx(b - a)
-    assert [entry["dim"] for entry in evaluation["latency"]] == [64, 32, 8]
-    assert all(0 < entry["ms_per_query"] < 1000 for entry in evaluation["latency"])
+    timed = {(entry["vectors"], entry["dim"]): entry for entry in evaluation["latency"]}
+    assert set(timed) == {(kind, dim) for kind in ("float32", "int8", "binary") for dim in dims}
+    assert all(0 < entry["ms_per_query"] < 1000 for entry in timed.values())
+    assert [timed[kind, 64]["bytes_per_vector"] for kind in ("float32", "int8", "binary")] == [256, 64, 8]
 
     assert sum(queries["counts"].values()) == 40
     gains = [entry["difference"] for entry in queries["improved"]]
     assert gains == sorted(gains, reverse=True) and all(gain > 0 for gain in gains)
     best = queries["improved"][0]
     i = texts.queries.index(best["query"])
-    expected = by_hand(texts.relevant[i], asked[i], corpus)["ndcg@10"]
+    expected = by_hand(set(texts.relevant[i]), asked[i], corpus)["ndcg@10"]
     assert best["tuned"]["value"] == pytest.approx(expected)
-    order, cosines = search(asked[i : i + 1], corpus, 3)
-    assert [entry["document"] for entry in best["tuned"]["top"]] == [texts.documents[d] for d in order[0]]
-    assert [entry["relevant"] for entry in best["tuned"]["top"]] == [d in texts.relevant[i] for d in order[0].tolist()]
-    assert [entry["cosine"] for entry in best["tuned"]["top"]] == cosines[0].tolist()
+    found = search(asked[i : i + 1], corpus, [64], 3)[64]
+    assert [entry["document"] for entry in best["tuned"]["top"]] == [texts.documents[d] for d in found.index[0]]
+    assert [entry["relevant"] for entry in best["tuned"]["top"]] == [d in texts.relevant[i] for d in found.index[0]]
+    np.testing.assert_allclose([entry["cosine"] for entry in best["tuned"]["top"]], found.cosine[0], atol=1e-6)
 
-    lines = table(evaluation).splitlines()
+    general = compare_models(texts, scored, "general")
+    lines = table(joined([evaluation, general])).splitlines()
     assert lines[0] == "ndcg@10 over 40 queries and 300 documents"
-    assert [line.split()[0] for line in lines[1:]] == ["dim", "64", "32", "8"]
-    assert len({len(line) for line in lines[1:]}) == 1
-    assert f"{values['tuned', 8, 'ndcg@10']:.4f}" in lines[-1] and " 32 " in lines[-1]
-    kept = values["tuned", 8, "ndcg@10"] / values["tuned", 64, "ndcg@10"]
-    assert rows_by_dim(evaluation, "ndcg@10")[-1]["kept"] == pytest.approx(kept)
+    assert [line.split()[0] for line in lines[1:5]] == ["dim", "64", "32", "8"]
+    assert f"{values['tuned', 'float32', 8, 'ndcg@10']:.4f}" in lines[4]
+    assert lines[6] == lines[0] + " of the set general"
+    costs = [line.split() for line in lines if line.split()[:2] == ["binary", "8"]]
+    kept = values["tuned", "binary", 8, "ndcg@10"] / values["tuned", "float32", 64, "ndcg@10"]
+    assert costs[0][2] == "1" and costs[0][-2] == f"{100 * kept:.1f}"
 
 
 def test_one_model_one_query_one_dim() -> None:
-    texts = RetrievalSet(["q"], ["a", "b"], [{1}])
+    texts = RetrievalSet(["q"], ["a", "b"], [{1: 1}])
     vectors = np.eye(2, dtype=np.float32)
-    evaluation, queries = evaluate(texts, {"base": (vectors[1:], vectors)}, [2])
+    scored = {"base": score(Encoded(texts, vectors[1:], vectors), texts, [2], batch_tokens=64, world=ALONE)}
+    evaluation, queries = compare_models(texts, scored), examples(texts, scored)
     assert evaluation["comparisons"] == evaluation["tradeoffs"] == []
     assert {entry["value"] for entry in evaluation["results"]} == {1.0}
     assert evaluation["results"][0]["ci95"] == [0.0, 1.0]
@@ -301,4 +236,4 @@ def test_one_model_one_query_one_dim() -> None:
 def test_a_dim_wider_than_the_model_is_refused() -> None:
     texts, asked, corpus = problem()
     with pytest.raises(UserError, match=r"got \[128, 8\], allowed: 1 to 64"):
-        evaluate(texts, {"tuned": (asked, corpus)}, [128, 8])
+        score(Encoded(texts, asked, corpus), texts, [128, 8], batch_tokens=64, world=ALONE)

@@ -29,13 +29,13 @@ from tokenizers import Tokenizer
 
 from launch.config import RunConfig
 from launch.errors import CheckFailed, UserError, exit_code
-from tests.bundles import FACTS, tiny_bert
+from tests.bundles import FACTS, gate, tiny_bert
+from trainer.embedder import fingerprint, open_embedder
 from trainer.export import bundle as bundle_module
-from trainer.export.bundle import export_bundle, model_fingerprint
+from trainer.export.bundle import export_bundle
 from trainer.export.cli import main
 from trainer.export.encoder import Encoder
 from trainer.export.onnx import export_onnx, pipeline_copy
-from trainer.export.parity import check_parity
 from trainer.export.verify import verify
 
 TEXTS = [
@@ -50,23 +50,19 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def bundle(minilm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = SentenceTransformer(str(minilm_folder), device="cpu")
+    at = {"artifact": "pytorch", "dim": 64, "metric": "ndcg@10", "queries": 10, "documents": 20}
     facts = dataclasses.replace(
         FACTS,
         prompts={"query": "query: ", "document": ""},
         max_length={"query": 32, "document": 256},
         dims=[384, 128, 64],
         metrics=[
-            {
-                "model": "tuned",
-                "artifact": "pytorch",
-                "dim": 64,
-                "metric": "ndcg@10",
-                "value": 0.4321,
-                "ci95": [0.4, 0.46],
-                "queries": 10,
-                "documents": 20,
-            }
+            {"model": "base", "value": 0.4, "ci95": None, **at},
+            {"model": "tuned", "value": 0.4321, "ci95": [0.4, 0.46], "set": "domain", "vectors": "float32", **at},
+            {"model": "tuned", "value": 0.1111, "ci95": [0.1, 0.2], "set": "domain", "vectors": "int8", **at},
+            {"model": "tuned", "value": 0.1111, "ci95": [0.1, 0.2], "set": "general", "vectors": "float32", **at},
         ],
+        comparisons=[{"a": "base", "b": "tuned", "difference": 0.0321, "ci95": [0.01, 0.05], **at}],
     )
     return export_bundle(model, tmp_path_factory.mktemp("minilm") / "bundle", facts)
 
@@ -140,14 +136,17 @@ def test_graph_has_the_agreed_signature_and_no_path_of_this_machine(bundle: Path
 
 
 def test_certificate_and_card_say_what_was_measured(bundle: Path):
-    parity = json.loads((bundle / "parity.json").read_text())
+    parity = json.loads((bundle / "parity.json").read_text())["precisions"]["fp32"]
     assert set(parity["max_abs_by_dim"]) == {"384", "128", "64"}
     assert 0 < max(parity["max_abs_by_dim"].values()) <= 1e-5
     names = [case["case"] for case in parity["cases"]]
     for wanted in ("length 1", "length 256", "batch of 32", "document, empty", "query, 100,000 characters"):
         assert wanted in names
     card = (bundle / "README.md").read_text()
-    assert "| tuned | pytorch | 64 | 0.4321 [0.4000, 0.4600] |" in card
+    assert "| 64 | 0.4000 | 0.4321 [0.4000, 0.4600] | +0.0321 [+0.0100, +0.0500] |" in card
+    assert "0.1111" not in card, "int8 vectors and the general set are other tables"
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert f"`{manifest['model_fingerprint']}`. Vectors of two fingerprints do not mix" in card
     assert 'license: "apache-2.0"' in card and "| corpus | 3 | unknown | `f00d` |" in card
 
 
@@ -209,12 +208,12 @@ def test_the_gate_tells_a_bundle_that_is_not_the_model(
     elif damage != "none":
         shift_weight(folder / "onnx/model.onnx", by=1e-3 if damage == "weight" else float("nan"))
     if damage == "none":
-        assert check_parity(twin, folder, [32, 16])["cases"]
+        assert gate(twin, folder, [32, 16], ["fp32"])["fp32"]["cases"]
         return
     tokens = r"parity: .*: the \d+ tokens of tokenizer.json are not"
     wanted = tokens if damage in ("tokenizer", "prompt") else r"parity: .*, dim \d+: onnxruntime differs from PyTorch"
     with pytest.raises(CheckFailed, match=wanted):
-        check_parity(twin, folder, [32, 16])
+        gate(twin, folder, [32, 16], ["fp32"])
 
 
 def test_a_refused_bundle_is_not_published(
@@ -319,20 +318,25 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path, minilm_folder: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_fingerprint_follows_weights_pooling_and_prompts(minilm_folder: Path):
-    prompts = {"query": "", "document": ""}
+def test_fingerprint_follows_weights_pooling_prompts_and_lengths(minilm_folder: Path):
     model = tiny_bert(minilm_folder)
-    first = model_fingerprint(model, prompts)
-    assert first == model_fingerprint(tiny_bert(minilm_folder), prompts)
+    first = fingerprint(model)
+    assert first == fingerprint(tiny_bert(minilm_folder))
     others = [
-        model_fingerprint(model, {"query": "q: ", "document": ""}),
-        model_fingerprint(tiny_bert(minilm_folder, "cls"), prompts),
-        model_fingerprint(SentenceTransformer(modules=[*list(model)[:2]], device="cpu"), prompts),
+        fingerprint(tiny_bert(minilm_folder, "cls")),
+        fingerprint(SentenceTransformer(modules=[*list(model)[:2]], device="cpu")),
     ]
+    model.prompts["query"] = "q: "
+    others.append(fingerprint(model))
+    model.prompts["query"] = ""
+    model.max_seq_length = 32
+    others.append(fingerprint(model))
+    model.max_seq_length = 64
+    assert fingerprint(model) == first
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1e-6
-    others.append(model_fingerprint(model, prompts))
-    assert len({first, *others}) == 5
+    others.append(fingerprint(model))
+    assert len({first, *others}) == 6
     assert isinstance(model[2], Normalize)
 
 
@@ -361,7 +365,7 @@ def test_a_run_directory_brings_its_facts(tmp_path: Path, minilm_folder: Path, c
     record = {
         "run_id": "r7",
         "config": config.model_dump(mode="json"),
-        "data": [source],
+        "data": [source, source | {"name": "notes", "license": "unknown"}],
         "versions": {"python": "3"},
     }
     result = {
@@ -381,12 +385,15 @@ def test_a_run_directory_brings_its_facts(tmp_path: Path, minilm_folder: Path, c
     model.save_pretrained(str(run_dir / "model"), create_model_card=False)
     (run_dir / "evaluation.json").write_text(json.dumps({"results": [result], "comparisons": []}))
     assert exit_code(main, [str(run_dir)]) == 0
+    licences = "licences: base model Apache-2.0, rows.jsonl CC-BY-4.0, notes unknown; of unknown and LicenseRef- ones"
+    assert licences in capsys.readouterr().out
     manifest = json.loads((run_dir / "bundle/manifest.json").read_text())
-    assert manifest["base_model"] == {"name": config.model.path, "revision": None, "license": "apache-2.0"}
+    assert manifest["base_model"] == {"name": config.model.path, "revision": None, "license": "Apache-2.0"}
+    assert manifest["model_fingerprint"] == open_embedder(str(run_dir), "cpu").fingerprint
     assert manifest["run_id"] == "r7" and manifest["dims"] == [32, 8] and manifest["opset"] == 20
     assert manifest["prompts"] == {"query": "q: ", "document": ""}
     assert manifest["max_length"] == {"query": 9, "document": 40}
-    assert manifest["metrics"] == [result] and manifest["data"][0]["license"] == "cc-by-4.0"
+    assert manifest["metrics"] == [result] and manifest["data"][0]["license"] == "CC-BY-4.0"
     assert manifest["versions"]["python"] == platform.python_version() and "torch" in manifest["versions"]
     assert exit_code(main, [str(run_dir)]) == 2
     assert "exists already" in capsys.readouterr().err

@@ -1,16 +1,12 @@
 """Sources and caches in an object store, against a real S3 server: `python -m pytest tests/test_object_store.py`."""
 
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -24,10 +20,10 @@ from sentence_transformers import SentenceTransformer
 from data_tools import shards
 from data_tools.object_store import fetch_folder, publish_folder_to, read_object
 from data_tools.sources import import_source
-from launch.config import Source
+from launch.config_data import Source
 from launch.errors import UserError
 from launch.files import list_files
-from tests.conftest import free_port, point_to
+from tests.conftest import free_port, point_to, server_before
 from trainer.tokens import token_cache
 
 ROOT = Path(__file__).parent.parent
@@ -143,8 +139,9 @@ def test_wrong_credentials_are_one_line(uploaded: str, s3: str, tmp_path: Path) 
             told = _refused(url, tmp_path / "cache")
             assert "access refused; check the credentials in the environment (AWS_ACCESS_KEY_ID ...)" in told
             assert "403 Forbidden" in told
+        (tmp_path / "manifest.json").write_text("{}")
         with pytest.raises(UserError, match="access refused"):
-            publish_folder_to("s3://bucket/new", tmp_path / "made")
+            publish_folder_to("s3://bucket/new", tmp_path)
     finally:
         check_from_now_on(b"inf")
 
@@ -154,48 +151,6 @@ def test_a_server_that_does_not_answer_is_one_line(
 ) -> None:
     point_to(f"http://127.0.0.1:{free_port()}", monkeypatch)
     assert "after 4 retries" in _refused(uploaded, tmp_path / "cache")
-
-
-@contextmanager
-def _before(target: str, answer: Callable[[str, bytes], bytes | None]) -> Iterator[tuple[str, list[str]]]:
-    """A server before `target` that sends `answer(path, true answer)` under the true length; None refuses an upload."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")}
-            headers.setdefault("Content-Type", "application/octet-stream")  # urllib would say that it is a form
-            sent = self.rfile.read(int(self.headers.get("content-length", 0))) or None
-            request = urllib.request.Request(f"{target}{self.path}", sent, headers, method=self.command)
-            try:
-                with urllib.request.urlopen(request) as found:
-                    status, names, body = found.status, found.headers, found.read()
-            except urllib.error.HTTPError as error:
-                status, names, body = error.code, error.headers, error.read()
-            self.send_response(status)
-            for name, value in names.items():
-                if name.lower() not in ("connection", "server", "date"):
-                    self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(answer(self.path, body) or b"")
-            self.close_connection = True
-
-        def do_PUT(self) -> None:
-            self.send_error(403) if answer(self.path, b"") is None else self.do_GET()
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.mark.parametrize(
@@ -211,7 +166,7 @@ def test_an_answer_damaged_on_the_way_is_asked_for_again(
         seen.add(path)
         return damaged(body) if fresh and path.endswith(".parquet") else body
 
-    with _before(s3, the_first_time) as (address, asked):
+    with server_before(s3, the_first_time) as (address, asked):
         point_to(address, monkeypatch)
         assert _read(import_source(Source(path=uploaded), tmp_path / "cache")) == ROWS
         assert len(asked) > len(set(asked)), "something was damaged"
@@ -221,7 +176,10 @@ def test_a_server_that_always_cuts_is_one_line_and_what_is_whole_stays(
     uploaded: str, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
-    with _before(s3, lambda path, body: body[:100] if path.endswith("shard-00003.parquet") else body) as (address, _):
+    with server_before(s3, lambda path, body: body[:100] if path.endswith("shard-00003.parquet") else body) as (
+        address,
+        _,
+    ):
         point_to(address, monkeypatch)
         assert f"{uploaded}/shard-00003.parquet: " in _refused(uploaded, cache)
     whole = {path.name: path.stat().st_ino for path in cache.glob("fetched/*/*.parquet")}
@@ -251,9 +209,9 @@ def test_any_folder_with_a_manifest_goes_there_and_back(s3: str, tmp_path: Path)
 def test_half_an_upload_has_no_manifest(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.bin", "b.bin", "c.bin", "manifest.json"):
         (tmp_path / name).write_bytes(b"x" * 100)
-    with _before(s3, lambda path, body: None if "b.bin" in path else body) as (address, _):
+    with server_before(s3, lambda path, body: None if "b.bin" in path else body) as (address, _):
         point_to(address, monkeypatch)
-        with pytest.raises(UserError, match="s3://bucket/half: access refused"):
+        with pytest.raises(UserError, match=r"s3://bucket/half/b\.bin: access refused"):
             publish_folder_to("s3://bucket/half", tmp_path)
         assert read_object("s3://bucket/half", "a.bin") == b"x" * 100
         assert read_object("s3://bucket/half", "manifest.json") is None

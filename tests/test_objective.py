@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from launch.config import Data, Loss, Model, RunConfig, Source, Train
+from launch.config import Loss, Model, RunConfig, Train
+from launch.config_data import Data, Source
 from launch.errors import UserError
 from trainer.losses import build_loss
 from trainer.objective import SYMMETRIC, check_arguments, objective_of

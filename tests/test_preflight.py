@@ -63,7 +63,7 @@ def test_every_kind_of_source_passes(rows: Path) -> None:
 
 def test_a_shard_folder_as_data_tools_write_it(rows: Path) -> None:
     from data_tools.sources import import_source
-    from launch.config import Source
+    from launch.config_data import Source
 
     shards = import_source(Source(path=str(rows)), rows.parent / "cache", None)
     assert _problems({"path": str(shards)}) == []
@@ -76,7 +76,7 @@ def test_a_shard_folder_as_data_tools_write_it(rows: Path) -> None:
     ("name", "content", "message"),
     [
         ("row.jsonl", None, "row.jsonl: no such file or folder; did you mean rows.jsonl?"),
-        ("no/train", None, "no/train: no such file or folder; make it: nestling data docstrings --out no"),
+        ("no/train", None, "no/train: no such file or folder; make it: nestling data run CONFIG.yaml out=no"),
         ("x.xlsx", b"PK", "got suffix '.xlsx', allowed: .jsonl, .jsonl.gz, .json, .csv, .tsv, .parquet or a folder"),
         ("x.jsonl", b"", "x.jsonl: the file is empty; allowed: at least one row"),
         ("x.jsonl", b"\n\n", "x.jsonl: has no rows; allowed: at least 1"),
@@ -97,7 +97,7 @@ def test_a_shard_folder_as_data_tools_write_it(rows: Path) -> None:
             "x.jsonl:1: byte 13 of the line is 0xe9, which is not UTF-8; convert the file: iconv",
         ),
         ("x.jsonl.gz", b"no gzip", "x.jsonl.gz: gzip is damaged after line 0"),
-        ("x.jsonl.gz", gzip.compress(b"{}\n")[:-4], "x.jsonl.gz: gzip is damaged after line 1"),
+        ("x.jsonl.gz", gzip.compress(b"{}\n", mtime=0)[:-4], "x.jsonl.gz: gzip is damaged after line 1"),
         ("x.parquet", b"PAR1 cut short", "x.parquet: no whole Parquet file"),
         ("x.csv", b"anchor,positive\n", "x.csv: has no rows; allowed: at least 1"),
         ("x.csv", b"\n\n", "x.csv:1: the header is empty"),
@@ -152,11 +152,13 @@ def test_columns_against_the_file(rows: Path) -> None:
 def test_addresses_are_not_asked_and_need_their_package(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody answers
     data = {"sources": [{"path": "s3://bucket/rows.csv"}], "cache_url": "s3://bucket"}
-    assert _problems(data=data) == []
+    remote = {"remote": "file:///shared/run"}
+    assert _problems(data=data, checkpoint=remote) == []
     monkeypatch.setitem(sys.modules, "obstore", None)
-    assert _problems(data=data) == [
+    assert _problems(data=data, checkpoint=remote) == [
         'data.sources.0: s3://bucket/rows.csv needs the package obstore: pip install "nestling[cloud]"',
         'data.cache_url needs the package obstore: pip install "nestling[cloud]"',
+        'checkpoint.remote needs the package obstore: pip install "nestling[cloud]"',
     ]
 
 

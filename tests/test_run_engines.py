@@ -17,7 +17,7 @@ ENGINES = ("fsdp2", "zero1", "zero2", "zero3")
 EVALUATED = """
 loss: {dims: [384, 64]}
 checkpoint: {every: 2}
-evaluate: {sources: [{path: HELD}], loss_every: 3}
+evaluate: {sources: [{path: HELD}], loss_every: 3, every: 2, best: mrr@10}
 """
 
 
@@ -45,6 +45,11 @@ def test_an_engine_trains_the_curve_of_ddp_and_its_killed_run_resumes(tmp_path: 
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4), (mode, ours["step"])
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), (mode, ours["step"])
             assert (ours.get("eval_loss") or 0) == pytest.approx(theirs.get("eval_loss") or 0, rel=1e-4), mode
+            for name in ("eval_mrr@10_384", "eval_ndcg@10_64"):
+                assert (ours.get(name) is None) == (ours["step"] % 2 == 1), (mode, ours["step"])
+                assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-6), (mode, ours["step"])
+        records = [json.loads((tmp_path / name / "run.json").read_text()) for name in (mode, "ddp")]
+        assert records[0]["best_step"] == records[1]["best_step"], mode
     values = [
         {(r["model"], r["dim"], r["metric"]): r["value"] for r in json.loads(file.read_text())["results"]}
         for file in (tmp_path / "fast/evaluation.json", tmp_path / "ddp/evaluation.json")
@@ -82,28 +87,29 @@ def test_an_engine_trains_adapters_and_its_killed_run_resumes(tmp_path: Path, en
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_bf16_trains_near_fp32_and_leaves_fp32_weights(tmp_path: Path, engine: str) -> None:
+def test_low_precision_trains_near_fp32_and_leaves_fp32_weights(tmp_path: Path, engine: str, precision: str) -> None:
     run_file = _run_file(tmp_path, train="  max_steps: 2\n  optim: sgd\n  micro_batch_tokens: 64")
     words = str(run_file), "model.dropout=0.0", "model.freeze=[embeddings]", "train.learning_rate=1e-2"
-    curves = []
-    for precision, launcher in (("fp32", CPU2), ("bf16", _launcher(engine))):
-        run_dir = tmp_path / precision
-        options = f"train.precision={precision}", f"train.run_dir={run_dir}"
+    curves, low = [], getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[precision])
+    for name, launcher in (("fp32", CPU2), (precision, _launcher(engine))):
+        run_dir = tmp_path / name
+        options = f"train.precision={name}", f"train.run_dir={run_dir}"
         code, out, err = _finish(_start(*words, *options, launcher=launcher))
         assert code == 0, out + err
         curves.append([(line["loss"], line["grad_norm"]) for line in _curve(run_dir)])
     for ours, theirs in zip(*curves, strict=True):
         assert ours == pytest.approx(theirs, rel=0.05) and ours != theirs
     base, *tuned = (load_file(folder / "model.safetensors") for folder in (_base(), *tmp_path.glob("*/model")))
-    for weights in tuned:  # what is frozen stays to the bit, what is trained is not rounded to bf16
+    for weights in tuned:  # what is frozen stays to the bit, what is trained is not rounded
         for name, value in weights.items():
             if name.endswith("key.bias"):
                 continue  # its gradient is 0 but for rounding
             frozen = "embeddings." in name or "pooler." in name
             assert torch.equal(value, base[name]) == frozen, name
             assert value.dtype == torch.float32
-            assert frozen or name.endswith("bias") or not torch.equal(value, value.bfloat16().float()), name
+            assert frozen or name.endswith("bias") or not torch.equal(value, value.to(low).float()), name
 
 
 def _base() -> Path:

@@ -33,8 +33,8 @@ what = (folder / "script").read_text().splitlines()[len((folder / "tries").read_
 def main(_):
     name, _, value = what.partition(" ")
     if os.environ["RANK"] == "0":
-        return 0 if name == "done" else 75 if name == "preempted" else 1
-    if name == "user":
+        return {"done": 0, "preempted": 75, "refused": 75, "killed": 75, "finished": 75}.get(name, 1)
+    if name in ("user", "refused"):
         raise UserError("mend it")
     if name == "check":
         raise CheckFailed("a gate")
@@ -42,6 +42,11 @@ def main(_):
         (folder / "run").mkdir(exist_ok=True)
         (folder / "run/out_of_memory.1.json").write_text('{"micro_batch_tokens": %s}' % value)
         raise UserError("out of memory")
+    if name == "finished":
+        (folder / "run").mkdir()
+        (folder / "run/run.json").write_text('{"finished": "now"}')
+    if name in ("killed", "finished"):
+        os.kill(os.getpid(), 9)
     if name == "progress":
         (folder / "run/checkpoints" / value).mkdir(parents=True)
     if name in ("progress", "crash"):
@@ -67,11 +72,18 @@ def _supervised(folder: Path, *tries: str) -> tuple[int, list[str]]:
         (["user"], EXIT_USER, 1),
         (["check"], EXIT_CHECK, 1),
         (["preempted"], EXIT_PREEMPTED, 1),
+        (["refused"], EXIT_USER, 1),
+        (["killed", "done"], EXIT_DONE, 2),
+        (["finished"], EXIT_DONE, 1),
         (["crash", "crash", "done"], EXIT_DONE, 3),
         (["crash"] * 9, EXIT_CRASH, RESTARTS + 1),
         (["crash", "crash", "crash", "progress step-2", "crash", "crash", "done"], EXIT_DONE, 7),
     ],
-    ids=["done", "user error", "failed check", "preempted", "two crashes", "crashes", "progress between crashes"],
+    ids=[
+        *("done", "user error", "failed check", "preempted", "one refuses and the other is stopped"),
+        *("one is killed and the other stopped", "killed when it was finished", "two crashes", "crashes"),
+        "progress between crashes",
+    ],
 )
 def test_crashes_are_tried_again_and_nothing_else_is(tmp_path: Path, tries: list[str], code: int, starts: int) -> None:
     ended, given = _supervised(tmp_path, *tries)
@@ -100,6 +112,6 @@ def test_its_stop_is_passed_on(tmp_path: Path) -> None:
     assert process.stdout is not None
     worker = int(process.stdout.readline())
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    assert process.wait(timeout=20) == EXIT_PREEMPTED
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)

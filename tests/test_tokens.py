@@ -13,7 +13,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import processors
 
-from launch.config import Prompts
+from launch.config_data import Prompts
 from launch.errors import UserError
 from tests import tiny_models
 from trainer.tokens import Padder, TokenCache, text_id, token_cache

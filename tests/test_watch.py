@@ -4,12 +4,13 @@ import socket
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests import tiny_models
+from tests.processes import marked
 from tests.test_run import CPU2, ENVIRONMENT, ROOT, _curve, _finish, _pairs, _start
 
+pytestmark = pytest.mark.usefixtures("no_process_left")
 STALL = 3.0  # seconds
 SOON = 60  # seconds, on a machine that others use too; a collective waits for 1,800
 
@@ -36,27 +37,12 @@ def _ended(
     monkeypatch: pytest.MonkeyPatch, faults: str, *words: str, launcher: str | None = CPU2
 ) -> tuple[int, str, str, float]:
     """Exit code, outputs and seconds from the fault to the end of the launcher; fails where a process is left over."""
-    mark = f"{psutil.Process().pid}-{time.time()}"
     monkeypatch.setitem(ENVIRONMENT, "FAULTS", faults)
-    monkeypatch.setitem(ENVIRONMENT, "WATCH_TEST", mark)
-    process = _start(*words, launcher=f"{launcher} -m tests.faults")
-    try:
-        code, out, err = _finish(process)
-        ended = time.time()
-        assert not [p.info for p in psutil.process_iter(["pid", "cmdline", "status"]) if _has(p, mark)]
-    finally:
-        for left in psutil.process_iter():
-            if _has(left, mark):
-                left.kill()
+    code, out, err = _finish(_start(*words, launcher=f"{launcher} -m tests.faults"))
+    ended = time.time()
+    assert not marked()
     at = [float(line.split()[-1]) for line in out.splitlines() if "fault: " in line]
     return code, out, err, ended - min(at, default=ended)
-
-
-def _has(process: psutil.Process, mark: str) -> bool:
-    try:
-        return process.environ().get("WATCH_TEST") == mark
-    except psutil.Error:
-        return False
 
 
 def _said(err: str) -> str:

@@ -5,9 +5,16 @@ A checkpoint is `checkpoints/step-N/` with weights (safetensors), optimiser, sch
 differ from its manifest.
 """
 
+import atexit
+import hashlib
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
+
+import torch
 
 from launch.errors import UserError
 from launch.files import list_files, publish_folder, remove_folder, write_json
@@ -41,7 +48,8 @@ def publish(partial: Path, final: Path, facts: dict[str, object]) -> None:
 
     `facts` (step, fingerprints) go into the manifest beside the files.
     """
-    write_json(partial / MANIFEST, {"format": 1, **facts, "files": list_files(partial)})
+    manifest = {"format": 1, **facts, "files": list_files(partial)}
+    write_json(partial / MANIFEST, manifest | {"digest": _digest(manifest)})
     publish_folder(partial, final)
 
 
@@ -49,9 +57,11 @@ def problem_with(checkpoint: Path) -> str | None:
     """Why this checkpoint cannot be used, None if every file is what its manifest says."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-        listed = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        listed, digest = manifest["files"], manifest.pop("digest")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{checkpoint}: no readable {MANIFEST}"
+    if digest != _digest(manifest) or manifest.get("step") != step_of(checkpoint):
+        return f"{checkpoint}: {MANIFEST} is changed, or of another step"
     found = list_files(checkpoint)
     found.pop(MANIFEST, None)
     for name in sorted({*listed, *found}):
@@ -59,6 +69,11 @@ def problem_with(checkpoint: Path) -> str | None:
             state = "missing" if name not in found else "not in the manifest" if name not in listed else "changed"
             return f"{checkpoint}: {name} is {state}"
     return None
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of the manifest itself, without this: a changed one is seen, a forged one is not."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def find_latest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
@@ -76,24 +91,116 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
-def refuse_other_engine(checkpoint: Path, engine: str) -> None:
-    """Raise UserError where another engine wrote the optimiser state of a checkpoint."""
-    wrote = json.loads((checkpoint / MANIFEST).read_text())["engine"]
+def refuse_other_engine(checkpoint: Path, engine: str, processes: int) -> None:
+    """Raise UserError where another engine, or ZeRO on another number of processes, wrote the optimiser state."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    wrote, anew = manifest["engine"], f"begin a new run with model.path={checkpoint}: any engine reads its weights"
     if wrote != engine:
         where = f"configs/accelerate/{wrote}.yaml{' or cpu.yaml' if wrote == 'ddp' else ''}"
         raise UserError(
-            f"{checkpoint}: its optimiser state is one of {wrote}, got {engine}; go on with {where}, or begin a new "
-            f"run with model.path={checkpoint}: any engine reads its weights"
+            f"{checkpoint}: its optimiser state is one of {wrote}, got {engine}; go on with {where}, or {anew}"
+        )
+    if engine.startswith("zero") and manifest["processes"] != processes:
+        raise UserError(
+            f"{checkpoint}: its optimiser state is one of {manifest['processes']} processes, got {processes}, to which "
+            f"DeepSpeed does not deal it anew; go on with --num_processes {manifest['processes']}, or {anew}"
         )
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints (at least two stay) and every leftover partial folder."""
-    steps = sorted(_steps(run_dir))
+def prune(run_dir: Path, keep: int, best: int | None = None, uploading: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints (two at least), the `best` and the one that is `uploading`, and what
+    is half-written."""
+    steps = sorted(set(_steps(run_dir)) - {best, uploading})
     for step in steps[: -max(keep, KEPT_AT_LEAST)]:
         remove_folder(folder_of(run_dir, step))
     for partial in (run_dir / "checkpoints").glob(".partial-*"):
         remove_folder(partial)
+
+
+class Uploads(Protocol):
+    """What checkpoints are handed to, see trainer/remote.py."""
+
+    uploading: int | None
+
+    def add(self, checkpoint: Path, keep: int, best: int | None) -> None: ...
+
+
+class Writer:
+    """Writes and publishes checkpoints in a thread of rank 0, one after the other, while training goes on.
+
+    A checkpoint that cannot be written is said and leaves the older ones as they are; the next one is another try.
+    """
+
+    def __init__(self, run_dir: Path, keep: int, uploads: Uploads | None = None) -> None:
+        self._run_dir, self._keep, self._uploads = run_dir, keep, uploads
+        self._work: list[Callable[[], None]] = []
+        self._thread: threading.Thread | None = None
+        self.problem: str | None = None  # of the last checkpoint
+        self.seconds = 0.0  # from the beginning of the last checkpoint to its end
+        atexit.register(self.wait)
+
+    def begin(self, step: int, writes: bool) -> None:
+        """Wait for the checkpoint before; on the rank that `writes`, make the folder that this one is written into."""
+        self.wait()
+        self._began = time.monotonic()
+        self._work.clear()
+        self.problem = None
+        if writes:
+            partial_of(self._run_dir, step)
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Have the thread do `work` before it publishes."""
+        self._work.append(work)
+
+    def publish(self, written: Path, step: int, facts: dict[str, Any], best: int | None) -> None:
+        """Have the thread write what is left to do of `written`, and publish it as the checkpoint of `step`."""
+
+        def write() -> None:
+            try:
+                for work in self._work:
+                    work()
+                (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+                publish(written, folder_of(self._run_dir, step), {"step": step, **facts})
+                if self._uploads:
+                    self._uploads.add(folder_of(self._run_dir, step), self._keep, best)
+                prune(self._run_dir, self._keep, best, self._uploads.uploading if self._uploads else None)
+            except Exception as error:
+                self.fail(step, error)
+            self.seconds = time.monotonic() - self._began
+
+        self._thread = threading.Thread(target=write, name="checkpoint")
+        self._thread.start()
+
+    def fail(self, step: int, error: Exception) -> None:
+        """Keep why the checkpoint of `step` is not there, and remove what there is of it."""
+        # A full disk comes as an OSError from Python, and as a text from safetensors and torch.
+        if not (isinstance(error, OSError) or "os error" in str(error) or "file write failed" in str(error)):
+            self.problem = f"checkpoint of step {step}: {type(error).__name__}: {error}"
+        else:
+            where, reason = folder_of(self._run_dir, step), str(error).splitlines()[0]
+            self.problem = f"checkpoint of step {step}: cannot write {where}: {reason}"
+        remove_folder(partial_name(self._run_dir, step))
+
+    def wait(self) -> None:
+        """Until what was begun is published."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+
+def copied(state: Any, into: Any = None) -> Any:
+    """`state`, tensors in dicts and lists, copied to the CPU; into the memory of an earlier copy where it fits."""
+    if isinstance(state, torch.Tensor):
+        if isinstance(into, torch.Tensor) and (into.shape, into.dtype) == (state.shape, state.dtype):
+            return into.copy_(state.detach())
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        before = into if isinstance(into, dict) else {}
+        return {key: copied(value, before.get(key)) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        before = into if isinstance(into, list) and len(into) == len(state) else [None] * len(state)
+        return [copied(value, one) for value, one in zip(state, before, strict=True)]
+    return state
 
 
 def _steps(run_dir: Path) -> list[int]:

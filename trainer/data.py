@@ -5,19 +5,21 @@ sentence-transformers go by position. Nothing here touches a process group: rank
 same source wait for each other on a file lock, so no collective can time out during a long import.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data_tools.shards import read_manifest
 from data_tools.sources import import_source
-from launch import config as schema
+from launch.config import RunConfig
+from launch.config_data import ROLE, PlainSource
 from launch.errors import UserError
 from trainer.sampler import DataOrder, share_out
 
 
 def open_sources(
-    sources: Sequence[schema.PlainSource], cache_dir: Path, max_rows: int | None = None
+    sources: Sequence[PlainSource], cache_dir: Path, max_rows: int | None = None
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Rows of all sources as one `datasets.Dataset`, and what each source is (name, fingerprint, rows, licence).
 
@@ -36,7 +38,7 @@ def open_sources(
             rows = datasets.Dataset.from_parquet(files, cache_dir=str(cache_dir / "arrow"))
         finally:
             datasets.utils.enable_progress_bars()
-        roles = [column for column in rows.column_names if schema.ROLE.fullmatch(column)]
+        roles = [column for column in rows.column_names if ROLE.fullmatch(column)]
         parts.append(rows.select_columns(sorted(roles, key=_position)))
         facts.append(
             {
@@ -82,23 +84,28 @@ def _position(role: str) -> tuple[int, int]:
     return order.index(name), int(number or 0)
 
 
-def data_order(config: schema.RunConfig, facts: Sequence[dict[str, Any]]) -> DataOrder:
+def data_order(config: RunConfig, facts: Sequence[dict[str, Any]]) -> DataOrder:
     """The order of the rows of a run; `facts` as `open_sources` gives them.
 
     Raises UserError where no source fills a global batch, or where a source with a weight would never be read.
     """
     batch, steps = config.train.global_batch_size, config.data.epoch_steps
     weights = [source.weight for source in config.data.sources if source.weight is not None]
-    order = DataOrder(
-        config.train.seed, batch, tuple(f["rows"] for f in facts), share_out(steps, weights) if steps else None
-    )
-    for fact, share in zip(facts, order.shares or (), strict=False):
-        if fact["rows"] < batch:
+    sizes = tuple(fact["rows"] for fact in facts)
+    caps = [source.epoch_rows or size for source, size in zip(config.data.sources, sizes, strict=True)]
+    capped = tuple(min(size, cap) // batch for size, cap in zip(sizes, caps, strict=True))
+    order = DataOrder(config.train.seed, batch, sizes, share_out(steps, weights) if steps else capped)
+    for fact, cap, share in zip(facts, caps, order.batches, strict=True):
+        if cap < min(batch, fact["rows"]):
+            raise UserError(
+                f"data.sources: {fact['name']} has epoch_rows {cap:,}; allowed: at least one global batch of {batch:,}"
+            )
+        if steps and fact["rows"] < batch:
             raise UserError(
                 f"data.sources: {fact['name']} has a weight and {fact['rows']:,} rows; allowed: at least one global "
                 f"batch of {batch:,}; lower train.global_batch_size or leave the source out"
             )
-        if not share:
+        if steps and not share:
             raise UserError(
                 f"data.epoch_steps: got {steps}, of which {fact['name']} would get none; raise it or its weight"
             )
@@ -109,6 +116,11 @@ def data_order(config: schema.RunConfig, facts: Sequence[dict[str, Any]]) -> Dat
             "lower train.global_batch_size"
         )
     return order
+
+
+def steps_of_run(config: RunConfig, steps_per_epoch: int) -> int:
+    """Optimiser steps of a whole run, as the Trainer counts them: a begun part of an epoch ends with a whole step."""
+    return config.train.max_steps or math.ceil(steps_per_epoch * config.train.epochs)
 
 
 def text_columns(columns: Sequence[str]) -> list[str]:

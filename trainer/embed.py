@@ -5,61 +5,78 @@ alternating, as the training step does it: every rank runs the same number of ba
 shape, which engines that gather parameters in the forward pass need.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_tools.progress import Progress
+from trainer.embedder import Embedder
+from trainer.model import Role
+from trainer.search import Share
 
 if TYPE_CHECKING:
-    import torch
-    from sentence_transformers import SentenceTransformer
-
     from launch.world import World
 
-_MEASURED_TOGETHER = 1024  # texts tokenised in one call to learn their lengths
+Told = Callable[[int], None] | None
+MEASURED_TOGETHER = 1024  # texts tokenised in one call to learn their lengths
+_IN_MEMORY = 1 << 30  # bytes of a rank's vectors; more lie in a temporary file
 
 
 def embed(
-    model: "SentenceTransformer",
-    texts: list[str],
-    kind: Literal["query", "document"],
-    *,
-    prompt: str | None,
-    max_length: int | None,
-    batch_tokens: int,
-    world: "World",
+    embedder: Embedder, texts: list[str], role: Role, *, batch_tokens: int, world: "World", told: Told = None
 ) -> np.ndarray:
-    """Vectors of `texts` in their order, float32 [n, d], of unit length.
+    """Vectors of `texts` in their order, float32 [n, d], of unit length, on every rank.
 
-    All ranks must call with the same texts; every rank gets the whole array. `prompt` is put before every
-    text, None = nothing is. `max_length` in tokens with prompt and special tokens, None = the model's own.
-    `batch_tokens` bounds rows x longest of a batch; one longer text makes a batch of its own. Equal to
-    `model.encode(texts, prompt=prompt, normalize_embeddings=True)` up to rounding.
+    All ranks must call with the same texts. `batch_tokens` bounds rows x longest of a batch; one longer text makes a
+    batch of its own. `told` as in embed_share.
     """
     import torch
 
-    distinct: dict[str, int] = {}
-    places = np.fromiter((distinct.setdefault(text, len(distinct)) for text in texts), np.int64, len(texts))
-    unique = list(distinct)
-    arguments: dict[str, Any] = {"prompt": prompt, "task": kind}
-    if max_length is not None:
-        arguments["max_length"] = max_length
+    share = embed_share(embedder, texts, role, batch_tokens=batch_tokens, world=world, told=told)
+    if world.world_size == 1:
+        out = np.empty_like(share.vectors)
+        out[share.index] = share.vectors
+        return out
+    parts = [None] * world.world_size
+    torch.distributed.all_gather_object(parts, share)
+    vectors = np.empty((len(texts), embedder.width), dtype=np.float32)
+    for part in parts:
+        assert part is not None
+        vectors[part.index] = part.vectors
+    return vectors
 
-    lengths = _lengths(model, unique, arguments, world)
+
+def embed_share(
+    embedder: Embedder, texts: list[str], role: Role, *, batch_tokens: int, world: "World", told: Told = None
+) -> Share:
+    """This rank's part of the vectors: together the ranks have each text once. All ranks must call with the same texts.
+
+    `told` hears how many distinct texts are done; without it rank 0 shows progress. Beyond 1 GiB the part is a memory
+    map of a temporary file (TMPDIR), which is gone with the process.
+    """
+    distinct: dict[str, list[int]] = {}
+    for place, text in enumerate(texts):
+        distinct.setdefault(text, []).append(place)
+    unique = list(distinct)
+    lengths = _lengths(embedder, unique, role, world)
     stripes = deal(lengths, world.world_size)
-    vectors = np.empty((len(unique), model.get_embedding_dimension() or 0), dtype=np.float32)
-    with _evaluating(model), Progress(f"embedding {kind} texts", len(unique), "texts", world.rank == 0) as progress:
+    # The last stripe may repeat a text, so that all ranks have as many; it counts where it comes first.
+    _, first_places = np.unique(stripes.ravel(), return_index=True)
+    owned = np.sort(first_places[first_places % world.world_size == world.rank] // world.world_size)
+    wanted = [(row, place) for row in owned.tolist() for place in distinct[unique[stripes[row, world.rank]]]]
+    rows, places = np.array(wanted, dtype=np.int64).reshape(-1, 2).T
+    slots = np.argsort(np.argsort(places))
+    vectors = _room(len(places), embedder.width)
+    with Progress(f"embedding {role} texts", len(unique), "texts", not told and world.rank == 0) as progress:
         for first, last in cuts(lengths[stripes].max(axis=1), batch_tokens):
             batch = [unique[i] for i in stripes[first:last, world.rank]]
-            features = model.preprocess(batch, **arguments)
-            features = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in features.items()}
-            out = torch.nn.functional.normalize(model(features, task=kind)["sentence_embedding"].float(), dim=1)
-            vectors[stripes[first:last].T] = _gather(out, world).cpu().numpy()  # [world, rows, d]
-            progress.to(min(last * world.world_size, len(unique)))
-    return vectors[places]
+            found = embedder.vectors(batch, role).cpu().numpy()
+            here = slice(*np.searchsorted(rows, (first, last)))
+            vectors[slots[here]] = found[rows[here] - first]
+            (told or progress.to)(min(last * world.world_size, len(unique)))
+    return Share(np.sort(places), vectors)
 
 
 def deal(lengths: np.ndarray, ranks: int) -> np.ndarray:
@@ -85,50 +102,24 @@ def cuts(longest: np.ndarray, batch_tokens: int) -> Iterator[tuple[int, int]]:
             first = stripe
 
 
-def _lengths(model: "SentenceTransformer", texts: list[str], arguments: dict[str, Any], world: "World") -> np.ndarray:
+def _room(rows: int, width: int) -> np.ndarray:
+    """Room for float32 vectors [rows, width], on disk where it is large."""
+    if rows * width * 4 <= _IN_MEMORY:
+        return np.empty((rows, width), dtype=np.float32)
+    return np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=(rows, width))
+
+
+def _lengths(embedder: Embedder, texts: list[str], role: Role, world: "World") -> np.ndarray:
     """Tokens of each text after truncation, int64 [n]. All ranks must call: each measures its part."""
     import torch
 
     lengths = torch.zeros(len(texts), dtype=torch.int64)
     mine = range(world.rank, len(texts), world.world_size)
-    for start in range(0, len(mine), _MEASURED_TOGETHER):
-        part = mine[start : start + _MEASURED_TOGETHER]
-        chunk = [texts[i] for i in part]
-        features = model.preprocess(chunk, **arguments)
-        if "attention_mask" in features:
-            measured = features["attention_mask"].sum(dim=1)
-        elif "cu_seq_lens_q" in features:  # flash attention: one flat row, no padding
-            measured = features["cu_seq_lens_q"].diff()
-        else:  # static embeddings have no padding; characters order them well enough
-            measured = torch.tensor([len(text) for text in chunk])
-        lengths[part.start : part.stop : part.step] = measured.to(torch.int64)
+    for start in range(0, len(mine), MEASURED_TOGETHER):
+        part = mine[start : start + MEASURED_TOGETHER]
+        measured = embedder.lengths([texts[i] for i in part], role)
+        lengths[part.start : part.stop : part.step] = torch.from_numpy(measured).to(torch.int64)
     if world.world_size > 1:
-        lengths = lengths.to(model.device)
+        lengths = lengths.to(embedder.device)
         torch.distributed.all_reduce(lengths)
     return lengths.cpu().numpy()
-
-
-def _gather(vectors: "torch.Tensor", world: "World") -> "torch.Tensor":
-    """[rows, d] of each rank -> [world, rows, d] on every rank. All ranks must call with equal shapes."""
-    import torch
-
-    if world.world_size == 1:
-        return vectors[None]
-    out = vectors.new_empty(world.world_size * len(vectors), vectors.shape[1])
-    torch.distributed.all_gather_single(out, vectors.contiguous())
-    return out.view(world.world_size, *vectors.shape)
-
-
-@contextmanager
-def _evaluating(model: "SentenceTransformer") -> Iterator[None]:
-    """Without gradients and dropout; each module's own training flag comes back, whatever happens."""
-    import torch
-
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -15,7 +15,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
-from launch.config import PlainSource, RunConfig, Source
+from launch.config import RunConfig
+from launch.config_data import PlainSource, Source
 from launch.errors import UserError
 from launch.world import World
 from trainer import collectives, flops, watch
@@ -56,7 +57,7 @@ def tokenise_held_out(
     config: RunConfig, rows: Any, facts: list[dict[str, Any]], model: SentenceTransformer
 ) -> Tokenised:
     """Token cache and fixed order of the held-out pairs, as `tokenise`; raises UserError where they fill no batch."""
-    assert config.evaluate is not None
+    assert config.evaluate is not None and config.evaluate.sources is not None
     size = config.evaluate.loss_batch_size or config.train.global_batch_size
     if len(rows) < size:
         raise UserError(

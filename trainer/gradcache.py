@@ -27,8 +27,8 @@ from trainer.infonce import Loss, Objective, infonce
 
 _T = TypeVar("_T")
 _STOP, _NON_FINITE, _FULL = 1, 2, 3
-OUT_OF_MEMORY = "out of memory"
-_REASONS = {_STOP: "stop asked", _NON_FINITE: "non-finite loss", _FULL: OUT_OF_MEMORY}
+STOP_ASKED, OUT_OF_MEMORY = "stop asked", "out of memory"
+_REASONS = {_STOP: STOP_ASKED, _NON_FINITE: "non-finite loss", _FULL: OUT_OF_MEMORY}
 
 
 class StepAbandoned(Exception):

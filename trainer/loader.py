@@ -4,9 +4,7 @@ A plain DataLoader over step numbers: nothing shards it again, every rank makes 
 over done steps reads no row.
 """
 
-import ctypes
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from launch.errors import ignore_stops, signal_at_parents_end
 from trainer.batching import Plan
 from trainer.known import KnownPositives
 from trainer.model import Role
@@ -76,11 +75,14 @@ class Steps(Dataset[dict[str, Batch]]):
         return self[divmod(batch.step, len(self))]["batch"]
 
 
-def step_loader(steps: Steps, workers: int) -> DataLoader[dict[str, Batch]]:
-    """The Trainer's loader: batches are dicts without the key `labels`, one per step."""
+def step_loader(steps: Steps, workers: int, done: int = 0) -> DataLoader[dict[str, Batch]]:
+    """The Trainer's loader: batches are dicts without the key `labels`, one per step.
+
+    The Trainer drops the first `done` steps of the first epoch that it asks for.
+    """
     return DataLoader(
         steps,
-        batch_sampler=StepNumbers(len(steps)),
+        batch_sampler=StepNumbers(len(steps), done),
         collate_fn=_only,
         num_workers=workers,
         worker_init_fn=_end_with_rank,
@@ -91,10 +93,11 @@ def step_loader(steps: Steps, workers: int) -> DataLoader[dict[str, Batch]]:
 def _end_with_rank(_: int) -> None:
     """Have the kernel end this loader worker when its rank ends, however that does, and even where it is stopped.
 
-    Without, as on other systems, torch ends a worker that is not stopped within 5 seconds.
+    Without, as on other systems, torch ends a worker that is not stopped within 5 seconds. What asks a whole group of
+    processes to stop is for the rank to answer, which still reads batches.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    ignore_stops()
+    signal_at_parents_end(signal.SIGKILL)
 
 
 def _only(items: list[dict[str, Batch]]) -> dict[str, Batch]:

@@ -6,8 +6,7 @@ never trains.
 """
 
 import json
-import logging
-import math
+import os
 import subprocess
 import sys
 import time
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.config import RunConfig
-from launch.errors import EXIT_DONE, CheckFailed, UserError
-from launch.files import write_json
-from launch.reader import resolved_yaml, run_directory
+from launch.errors import EXIT_DONE, EXIT_PREEMPTED, CheckFailed, Preempted, UserError
+from launch.files import read_json, write_json
+from launch.reader import resolved_yaml
 from launch.world import World
-from trainer.run_folder import held, read_record, refuse_other_data
+from trainer.run_folder import held, mark, read_record, refuse_other_data
 
 MODEL = "model"
 BUNDLE = "bundle"
@@ -40,6 +39,8 @@ class Run:
     argv: list[str]
     world: World
     clock: "Clock"
+    is_forced: bool
+    remote: Any  # trainer.remote.Remote, on rank 0 of a run that has an address for its checkpoints
 
     def say(self, line: str) -> None:
         """Print on rank 0."""
@@ -53,43 +54,53 @@ class Prepared:
 
     rows: Any
     facts: list[dict[str, Any]]
-    held_out: Any
+    held_out: Any  # rows of evaluate.sources where their loss is asked for
+    sets: Any  # trainer.quality.Sets, None where nothing is evaluated
     model: Any
     data: Any  # trainer.exact_step.Tokenised, None where sentence-transformers' own code trains
     held_out_data: Any  # the same of the held-out pairs, None where their loss is not asked for
 
 
-def run(config: RunConfig, run_file: Path, argv: list[str], world: World) -> int:
+def run(config: RunConfig, run_dir: Path, argv: list[str], world: World, is_forced: bool = False) -> int:
     """Train, evaluate and export as `config` says; returns an exit code. Every process of the run must call.
 
+    `is_forced`: a run with other settings or data that this folder holds unfinished goes on with these.
     Raises UserError for what the user can mend and CheckFailed where parity does not hold.
     """
-    this = Run(config, run_directory(config, run_file), argv, world, Clock())
-    with held(this.run_dir, config, world):
+    with held(run_dir, config, world, is_forced) as remote:
+        this = Run(config, run_dir, argv, world, Clock(), is_forced, remote)
         import torch
 
         from trainer import watch
         from trainer.live_checks import check_backend, check_precision
         from trainer.model import quiet_libraries
+        from trainer.preemption import Stop
 
         check_precision(config)
         check_backend()
         quiet_libraries()
 
         try:
-            with watch.watched():
-                prepared = _prepare(this)
-                tuned = _train(this, prepared)
-                if config.evaluate:
-                    watch.at("evaluation", is_watched=False)
-                    with this.clock.phase("evaluate"):
-                        _evaluate(this, tuned, prepared.held_out)
-        finally:
-            if torch.distributed.is_initialized():
-                _groups.append(torch.distributed.group.WORLD)
-                torch.distributed.destroy_process_group()
-        if world.rank == 0:
-            _finish(this, tuned)
+            stop = Stop()
+            try:
+                with watch.watched():
+                    prepared = _prepare(this)
+                    tuned = _train(this, prepared, stop)
+                    if tuned is not None and prepared.sets:
+                        watch.at("evaluation", is_watched=False)
+                        with this.clock.phase("evaluate"):
+                            _evaluate(this, tuned, prepared.sets)
+            finally:
+                if torch.distributed.is_initialized():
+                    _groups.append(torch.distributed.group.WORLD)
+                    torch.distributed.destroy_process_group()
+            if tuned is None:
+                return EXIT_PREEMPTED
+            if world.rank == 0:
+                _finish(this, tuned)
+        except Preempted as error:
+            mark(run_dir, str(error))
+            raise
     return EXIT_DONE
 
 
@@ -99,9 +110,10 @@ def _prepare(run: Run) -> Prepared:
 
     from trainer.data import open_sources, refuse_gaps
     from trainer.exact_step import check_candidates, tokenise, tokenise_held_out
-    from trainer.model import freeze_unused, load_model
+    from trainer.model import load_model
     from trainer.objective import check_arguments
-    from trainer.trainable import add_adapters, freeze
+    from trainer.quality import open_sets
+    from trainer.trainable import choose_trained
 
     config, cache_dir = run.config, Path(run.config.data.cache_dir)
     exact = config.loss.is_exact
@@ -117,11 +129,12 @@ def _prepare(run: Run) -> Prepared:
         if not exact:
             only = f"{config.loss.name} in sentence-transformers' own code needs every column in every row"
             refuse_gaps(rows, facts, rows.column_names, only)
-        sources = config.evaluate.sources if config.evaluate else []
+        sources = config.evaluate.sources if config.evaluate and config.evaluate.loss_every else None
         held_out, held_out_facts = open_sources(sources, cache_dir) if sources else (None, [])
+        sets = open_sets(config)
         known = open_sources(config.data.known_positives, cache_dir) if config.data.known_positives else None
     all_facts = facts + [fact | {"name": f"{fact['name']} (known positives)"} for fact in (known[1] if known else ())]
-    refuse_other_data(run.run_dir, all_facts)
+    refuse_other_data(run.run_dir, all_facts, run.is_forced)
     if len(rows) < config.train.global_batch_size:
         raise UserError(
             f"data.sources: {len(rows):,} rows are fewer than one batch of {config.train.global_batch_size:,}; "
@@ -135,37 +148,35 @@ def _prepare(run: Run) -> Prepared:
     set_seed(config.train.seed)
     with run.clock.phase("load"):
         model = load_model(config.model, "cpu")
-    frozen = freeze_unused(model)
-    if config.model.freeze:
-        freeze(model, config.model.freeze)
-    if config.model.lora:
-        add_adapters(model, config.model.lora, config.train.seed)
+    frozen = choose_trained(model, config.model, config.train.seed)
     data = held_out_data = None
     if exact:
         with run.clock.phase("tokenise"):
             data = tokenise(config, rows, facts, model, known)
-            if config.evaluate and config.evaluate.loss_every:
+            if held_out is not None:
                 held_out_data = tokenise_held_out(config, held_out, held_out_facts, model)
         check_candidates(data, config.loss.mask_known_positives)
     if frozen:
         run.say(f"frozen: {', '.join(frozen)} (no embedding depends on them)")
-    return Prepared(rows, all_facts, held_out, model, data, held_out_data)
+    return Prepared(rows, all_facts, held_out, sets, model, data, held_out_data)
 
 
-def _train(run: Run, prepared: Prepared) -> Any:
-    """Train from the start or from the newest whole checkpoint; returns the tuned model. All ranks must call."""
-    import torch
+def _train(run: Run, prepared: Prepared, stop: Any) -> Any:
+    """Train from the start or from the newest whole checkpoint. All ranks must call.
 
+    Returns the tuned model, None where a rank was told to stop (`stop`, a trainer.preemption.Stop) and all is saved.
+    """
     from trainer import checkpoint, watch
     from trainer.arguments import training_arguments
     from trainer.exact_step import ExactStep, at_the_limit
     from trainer.live_checks import check_engine, check_live
     from trainer.losses import build_loss
     from trainer.model import load_model
-    from trainer.run_record import now
+    from trainer.remote import newest_checkpoint
     from trainer.trainer import ContrastiveTrainer
 
     config, run_dir, model = run.config, run.run_dir, prepared.model
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir / "tensorboard"))  # the Trainer's callback asks there
     args = training_arguments(config, run_dir, run.world)
     check_live(args, run.world, config, prepared.facts)
 
@@ -173,7 +184,7 @@ def _train(run: Run, prepared: Prepared) -> Any:
         return load_model(config.model.model_copy(update={"path": path, "pooling": None}), str(args.device))
 
     loss = build_loss(config.loss, model, load_guide)
-    resume = checkpoint.find_latest(run_dir, logging.getLogger("nestling").warning)
+    resume = newest_checkpoint(run_dir, config.checkpoint.remote)
     record = _begin(run, prepared, checkpoint.step_of(resume) if resume else 0)
     for line in batch_arithmetic(run, prepared):
         run.say(line)
@@ -183,16 +194,45 @@ def _train(run: Run, prepared: Prepared) -> Any:
         run.say(f"resuming from {resume}")
     step = None
     if prepared.data:
-        step = ExactStep(config, model, prepared.data, run.world, bool, prepared.held_out_data)
-    trainer = ContrastiveTrainer(config, model, args, prepared.rows, loss, run_dir, step)
+        step = ExactStep(config, model, prepared.data, run.world, stop.asked, prepared.held_out_data)
+    subset = prepared.sets.subset if prepared.sets else None
+    trainer = ContrastiveTrainer(
+        config, model, args, prepared.rows, loss, run_dir, step, subset, stop.asked, run.remote
+    )
     check_engine(trainer.accelerator, config)
     if resume:
-        checkpoint.refuse_other_engine(resume, trainer.engine_name)
-    watch.begin(run.world, config.train.stall_seconds)
-    with run.clock.phase("train"):
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        checkpoint.refuse_other_engine(resume, trainer.engine_name, run.world.world_size)
+    watch.begin(run.world, config.train.stall_seconds, config.train.grace_seconds)
+    with run.clock.phase("train"), stop.deferred():
+        is_stopped = trainer.train_or_stop(resume)
+    if is_stopped:
+        if run.world.rank == 0:
+            step = trainer.state.global_step
+            line = f"{stop} at step {step:,}, which is saved; the same command goes on from there"
+            mark(run_dir, line)
+            print(f"nestling: {line}", file=sys.stderr, flush=True)
+        return None
+    return _keep(run, trainer, record)
+
+
+def _keep(run: Run, trainer: Any, record: dict[str, Any]) -> Any:
+    """Write the tuned model and return it. All ranks must call."""
+    import torch
+
+    from trainer import watch
+    from trainer.model import load_model
+    from trainer.run_record import now
+    from trainer.weights import average
+
+    config, run_dir = run.config, run.run_dir
     watch.at("saving the model", is_watched=False)
     tuned = trainer.tuned_model()
+    if trainer.best_step is not None:
+        record["best_step"] = trainer.best_step
+        run.say(f"best checkpoint: step {trainer.best_step:,} of {trainer.state.global_step:,}")
+    if share := config.export.average_with_base if config.export else 0.0:
+        average(tuned, load_model(config.model, str(tuned.device)), share)
+        run.say(f"weights: averaged with {share:.0%} of the base model's")
     if run.world.rank == 0:
         tuned.save_pretrained(str(run_dir / MODEL), create_model_card=False)
         record |= {"trained": now(), "steps": trainer.state.global_step, "seconds": run.clock.seconds}
@@ -212,9 +252,23 @@ def _begin(run: Run, prepared: Prepared, step: int) -> dict[str, Any]:
 
     record = start_record(run.config, run.argv, run.world, prepared.facts)
     shape = describe(prepared.model)
-    record |= {"model": shape, "run_id": (read_record(run.run_dir) or record)["run_id"]}
+    if prepared.sets and prepared.sets.subset:
+        record["subset"] = prepared.sets.subset_facts
+        run.say(
+            "evaluation during training: {queries:,} queries over {documents:,} documents, {queries_of_final_"
+            "evaluation:,} of the queries are in the final evaluation too".format(**prepared.sets.subset_facts)
+        )
+    before = read_record(run.run_dir) or record
+    record |= {"model": shape, "run_id": before["run_id"]}
+    versions = record["versions"]
+    changed = [f"{k} {v} -> {versions.get(k)}" for k, v in before["versions"].items() if v != versions.get(k)]
+    if step and changed:
+        run.say(f"the run began with other versions, so bits may differ: {', '.join(changed)}")
     rewind(run.run_dir / "metrics.jsonl", step)
+    record["folder"] = run.run_dir.name
     write_json(run.run_dir / "run.json", record)
+    if run.remote:
+        run.remote.write_record()
     (run.run_dir / "config.yaml").write_text(resolved_yaml(run.config), encoding="utf-8")
     size = f"{shape['parameters']:,} parameters ({shape['trained']:,} trained), {shape['width']} dims, "
     run.say(f"model: {run.config.model.path}, {size}{shape['pooling']} pooling")
@@ -223,12 +277,14 @@ def _begin(run: Run, prepared: Prepared, step: int) -> dict[str, Any]:
 
 def batch_arithmetic(run: Run, prepared: Prepared) -> list[str]:
     """The arithmetic of a run in words, printed before the first step."""
+    from trainer.data import steps_of_run, text_columns
+
     train, exact = run.config.train, prepared.data is not None
     columns, rows = prepared.rows.column_names, len(prepared.rows)
     batch, processes = train.global_batch_size, run.world.world_size
     steps_per_epoch = prepared.data.order.steps_per_epoch if exact else rows // batch
-    steps = train.max_steps or math.ceil(steps_per_epoch * train.epochs)
-    texts = len([c for c in columns if c not in ("score", "label")])
+    steps = steps_of_run(run.config, steps_per_epoch)
+    texts = len(text_columns(columns))
     lines = [f"rows: {rows:,} with columns {', '.join(columns)}"]
     spread = f"global batch: {batch:,} rows over {processes} process(es)"
     if exact:
@@ -239,8 +295,8 @@ def batch_arithmetic(run: Run, prepared: Prepared) -> list[str]:
         lines.append(f"{spread}, {batch // processes:,} each")
         lines.append(f"step: sentence-transformers' own {run.config.loss.name}")
     left_out = prepared.data.order.rows_left_out if exact else rows % batch
-    once = "a pass over all rows" if run.config.data.epoch_steps else "an epoch"
-    lines.append(f"steps: {steps:,} ({steps_per_epoch:,} an epoch; {left_out:,} rows of {once} do not fill a batch)")
+    once = f"{left_out:,} rows of a pass over all rows do not fill a batch"
+    lines.append(f"steps: {steps:,} ({steps_per_epoch:,} an epoch; {once})")
     if exact and len(prepared.data.order.batches) > 1:
         batches = zip(prepared.data.order.batches, prepared.facts, strict=False)
         lines.append(
@@ -249,44 +305,27 @@ def batch_arithmetic(run: Run, prepared: Prepared) -> list[str]:
     return lines
 
 
-def _evaluate(run: Run, tuned: Any, rows: Any) -> None:
-    """Embed the held-out set with base and tuned model, compare at every dim. All ranks must call."""
-    from trainer.embed import embed
-    from trainer.evaluation import evaluate, retrieval_set
-    from trainer.model import ROLES, load_model, max_length_of, prompt_of
+def _evaluate(run: Run, tuned: Any, sets: Any) -> None:
+    """Judge base and tuned model on every set. All ranks must call."""
+    from trainer.model import load_model
+    from trainer.quality import evaluate_run
 
-    config, world = run.config, run.world
-    assert config.evaluate is not None
-    settings = config.evaluate
-    questions = retrieval_set(rows, settings.max_queries, settings.max_documents, config.train.seed)
-    run.say(f"evaluation: {len(questions.queries):,} queries over {len(questions.documents):,} documents")
-    vectors = {}
-    for name in ("base", "tuned"):
-        model = tuned if name == "tuned" else load_model(config.model, str(tuned.device))
-        vectors[name] = tuple(
-            embed(
-                model,
-                texts,
-                role,
-                prompt=prompt_of(model, role),
-                max_length=max_length_of(model, role),
-                batch_tokens=settings.batch_tokens,
-                world=world,
-            )
-            for role, texts in zip(ROLES, (questions.queries, questions.documents), strict=True)
-        )
-    if world.rank == 0:
-        dims = config.loss.dims or [tuned.get_embedding_dimension()]
-        evaluation, by_query = evaluate(questions, vectors, dims, seed=config.train.seed)
-        write_json(run.run_dir / "evaluation.json", evaluation)
-        write_json(run.run_dir / "evaluation_queries.json", by_query)
+    for name, one in sets.final.items():
+        what = "evaluation" if name == "domain" else f"evaluation of the set {name}"
+        run.say(f"{what}: {len(one.queries):,} queries over {len(one.documents):,} documents")
+    found = evaluate_run(run.config, sets, load_model(run.config.model, str(tuned.device)), tuned, run.world)
+    if found:
+        write_json(run.run_dir / "evaluation.json", found[0])
+        write_json(run.run_dir / "evaluation_queries.json", found[1])
 
 
 def _finish(run: Run, tuned: Any) -> None:
     """Bundle, verification and report; rank 0 only, after the process group is gone."""
     from trainer.evaluation import table
+    from trainer.gates import require_gates
     from trainer.report import write_report
     from trainer.run_record import now
+    from trainer.tensorboard import write_summary
 
     config, run_dir = run.config, run.run_dir
     record = read_record(run_dir)
@@ -306,15 +345,19 @@ def _finish(run: Run, tuned: Any) -> None:
                 raise CheckFailed(f"{run_dir / BUNDLE}: the bundle does not verify; see the lines above")
     record |= {"finished": now(), "seconds": run.clock.seconds}
     write_json(run_dir / "run.json", record)
+    evaluation = read_json(run_dir / "evaluation.json") if config.evaluate else {}
+    if "tensorboard" in config.train.report_to:
+        write_summary(config, run_dir, evaluation)
     report = write_report(run_dir)
-    if config.evaluate:
-        run.say("\n" + table(json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))) + "\n")
+    if evaluation:
+        run.say("\n" + table(evaluation) + "\n")
     run.say("seconds: " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in run.clock.seconds.items()))
     run.say(f"model:       {run_dir / MODEL}")
     if config.export:
         run.say(f"bundle:      {run_dir / BUNDLE}")
     run.say(f"report:      {report}")
     run.say(f"TensorBoard: tensorboard --logdir {run_dir}")
+    require_gates(evaluation.get("gates", []))
 
 
 def _bundle_of(run_dir: Path) -> str | None:

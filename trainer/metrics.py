@@ -1,16 +1,12 @@
-"""Exact search, retrieval metrics per query, and what they say with which certainty.
+"""Retrieval metrics per query, and what they say with which certainty.
 
-Everything here is numpy on vectors that are already there; the same functions judge PyTorch, ONNX and
-quantised files. Metrics are trec_eval's, through pytrec_eval, so they compare with BEIR's and MTEB's.
+Metrics are trec_eval's, through pytrec_eval, so they compare with BEIR's and MTEB's.
 """
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from launch.errors import UserError
 
 _TREC = {
     "ndcg@10": "ndcg_cut_10",
@@ -20,71 +16,29 @@ _TREC = {
     "map@100": "map_cut_100",
 }
 METRICS = tuple(_TREC)
-_DEPTH = 100
 _RESAMPLES = 10_000
 _EXACT_UP_TO = 13  # 2**13 sign patterns are fewer than _RESAMPLES: take all of them
 _CELLS = 4_000_000  # numbers drawn at once: 32 MB
-_QUERY_TILE = 512
-_LATENCY_SECONDS = 0.3  # of searches at each dim
 
 
-def search(
-    queries: np.ndarray, documents: np.ndarray, k: int = _DEPTH, dim: int | None = None, tile: int = 4096
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k documents of highest cosine for each query: indices int64 [q, k] and cosines float64 [q, k].
+def judge(relevant: Sequence[Mapping[int, int]], ranking: np.ndarray) -> dict[str, np.ndarray]:
+    """Every metric of METRICS per query, float64 [q], of `ranking`, document indices int64 [q, k], best first.
 
-    Exact; `dim` truncates and renormalises first; k is cut to the number of documents. Ties go to the
-    smaller index, whatever `tile`, BLAS or number of threads: unit vectors are rounded to multiples of 2^-26
-    (1.5e-8), so each product is a multiple of 2^-52, every partial sum stays below 2 (Cauchy-Schwarz) and
-    float64 adds them without any rounding. Memory: the vectors, one float64 tile of documents, 512 x tile.
-    Raises UserError if a vector is not finite.
-    """
-    refuse_not_finite("query", queries)
-    refuse_not_finite("document", documents)
-    k = min(k, len(documents))
-    grid = _unit_on_grid(queries, dim)
-    best = np.full((len(queries), 0), 0.0)
-    index = np.zeros((len(queries), 0), dtype=np.int64)
-    for start in range(0, len(documents), tile):
-        part = _unit_on_grid(documents[start : start + tile], dim)
-        width = min(k, best.shape[1] + len(part))
-        new_best, new_index = np.empty((len(grid), width)), np.empty((len(grid), width), dtype=np.int64)
-        for row in range(0, len(grid), _QUERY_TILE):
-            rows = slice(row, row + _QUERY_TILE)
-            scores = np.concatenate([best[rows], grid[rows] @ part.T], axis=1)
-            fresh = np.broadcast_to(np.arange(start, start + len(part)), (len(scores), len(part)))
-            new_best[rows], new_index[rows] = _top(scores, np.concatenate([index[rows], fresh], axis=1), width)
-        best, index = new_best, new_index
-    order = np.lexsort((index, -best), axis=-1)
-    return np.take_along_axis(index, order, 1), np.take_along_axis(best, order, 1)
-
-
-def score(
-    relevant: Sequence[set[int]], queries: np.ndarray, documents: np.ndarray, dims: Sequence[int]
-) -> dict[int, dict[str, np.ndarray]]:
-    """Every metric of METRICS per query, float64 [q], at each dim of one embedding (truncated, renormalised).
-
-    `relevant[i]` holds the indices of the documents that answer query i, at least one. map@100 divides by
-    all relevant documents as trec_eval does; sentence-transformers divides by at most 100.
+    `relevant[i]` maps the indices of the documents that answer query i, at least one, to their grades. map@100 divides
+    by all relevant documents as trec_eval does; sentence-transformers divides by at most 100.
     """
     import pytrec_eval
 
-    truth = {str(i): {str(d): 1 for d in docs} for i, docs in enumerate(relevant)}
-    judge = pytrec_eval.RelevanceEvaluator(truth, set(_TREC.values()))
-    scores = {}
-    for dim in dims:
-        ranking, _ = search(queries, documents, _DEPTH, dim)
-        # pytrec_eval breaks ties by document name; falling whole numbers leave it none to break.
-        run = {
-            str(i): {str(d): float(len(docs) - place) for place, d in enumerate(docs.tolist())}
-            for i, docs in enumerate(ranking)
-        }
-        judged = judge.evaluate(run)
-        values = {name: np.array([judged[str(i)][trec] for i in range(len(relevant))]) for name, trec in _TREC.items()}
-        # Reciprocal rank has no cut in trec_eval: 1/11 and less is beyond place 10.
-        values["mrr@10"][values["mrr@10"] < 1 / 10.5] = 0.0
-        scores[dim] = values
-    return scores
+    truth = {str(i): {str(d): grade for d, grade in grades.items()} for i, grades in enumerate(relevant)}
+    evaluator = pytrec_eval.RelevanceEvaluator(truth, set(_TREC.values()))
+    # pytrec_eval breaks ties by document name; falling whole numbers leave it none to break.
+    falling = [float(place) for place in range(ranking.shape[1], 0, -1)]
+    run = {str(i): dict(zip(map(str, docs), falling, strict=True)) for i, docs in enumerate(ranking.tolist())}
+    judged = evaluator.evaluate(run)
+    values = {name: np.array([judged[str(i)][trec] for i in range(len(relevant))]) for name, trec in _TREC.items()}
+    # Reciprocal rank has no cut in trec_eval: 1/11 and less is beyond place 10.
+    values["mrr@10"][values["mrr@10"] < 1 / 10.5] = 0.0
+    return values
 
 
 @dataclass(frozen=True)
@@ -143,62 +97,6 @@ def holm(p: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p) - place) * p[i]))
         corrected[i] = running
     return corrected
-
-
-def search_latency(queries: np.ndarray, documents: np.ndarray, dim: int) -> dict[str, float | int]:
-    """Milliseconds of one exact float32 search for the top 10: one query, one thread, the median."""
-    from threadpoolctl import threadpool_limits
-
-    corpus = np.ascontiguousarray(documents[:, :dim], dtype=np.float32)
-    asked = np.ascontiguousarray(queries[:, :dim], dtype=np.float32)
-    k = min(10, len(corpus))
-    times: list[float] = []
-    with threadpool_limits(limits=1):
-        begin = time.perf_counter()
-        # At least 5 after the first, which warms caches up and is not counted.
-        while len(times) < 6 or (time.perf_counter() - begin < _LATENCY_SECONDS and len(times) < 1001):
-            query = asked[len(times) % len(asked)]
-            start = time.perf_counter()
-            found = corpus @ query
-            np.argpartition(found, len(found) - k)[-k:]
-            times.append(time.perf_counter() - start)
-    timed = times[1:]
-    return {
-        "dim": dim,
-        "ms_per_query": float(np.median(timed)) * 1e3,
-        "searches_timed": len(timed),
-        "threads": 1,
-        "documents": len(corpus),
-        "bytes_per_vector": 4 * dim,
-    }
-
-
-def refuse_not_finite(kind: str, vectors: np.ndarray) -> None:
-    """UserError if a vector holds NaN or infinity: a ranking by it would look like a result."""
-    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if len(bad):
-        raise UserError(
-            f"evaluate: {len(bad)} of {len(vectors)} {kind} vectors hold NaN or infinity, first number "
-            f"{bad[0]}; the model diverged: lower train.learning_rate or set train.precision to fp32 or bf16"
-        )
-
-
-def _unit_on_grid(vectors: np.ndarray, dim: int | None) -> np.ndarray:
-    """float64 unit vectors of the first `dim` numbers, rounded to multiples of 2^-26; zero stays zero."""
-    cut = vectors[:, :dim].astype(np.float64)
-    cut /= np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
-    return np.rint(cut * 2.0**26) * 2.0**-26
-
-
-def _top(scores: np.ndarray, index: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of each row by (score down, index up), in no order."""
-    if scores.shape[1] == k:
-        return scores, index
-    chosen = np.argpartition(scores, scores.shape[1] - k, axis=1)[:, -k:]
-    threshold = np.take_along_axis(scores, chosen, 1).min(axis=1, keepdims=True)
-    for row in np.flatnonzero((scores >= threshold).sum(axis=1) > k):
-        chosen[row] = np.lexsort((index[row], -scores[row]))[:k]
-    return np.take_along_axis(scores, chosen, 1), np.take_along_axis(index, chosen, 1)
 
 
 def _chunks(count: int) -> list[int]:

@@ -27,8 +27,8 @@ class StepLog(TrainerCallback):
             file.write(json.dumps(record(logs, state.global_step, state.epoch)) + "\n")
         # A terminal gets every line; a log file one in ten seconds, and always the first and the last.
         now = time.monotonic()
-        edge = state.global_step in (1, state.max_steps)
-        if edge or sys.stderr.isatty() or now - self._last_print >= 10:
+        told = state.global_step in (1, state.max_steps) or any(name.startswith("eval_") for name in logs)
+        if told or sys.stderr.isatty() or now - self._last_print >= 10:
             self._last_print = now
             print(line(logs, state.global_step, state.max_steps), flush=True)
 
@@ -73,6 +73,9 @@ def line(logs: dict[str, float], step: int, steps: int) -> str:
     parts = [f"step {step}/{steps}", f"loss {logs['loss']:.4f}", f"lr {logs.get('learning_rate', 0):.2e}"]
     if "eval_loss" in logs:
         parts.insert(2, f"held-out loss {logs['eval_loss']:.4f}")
+    measured = [name for name in logs if "@" in name]
+    if measured:  # the first is of the largest dim
+        parts.insert(2, f"{measured[0].removeprefix('eval_').replace('_', ' at ')} dims {logs[measured[0]]:.4f}")
     if "grad_norm" in logs:
         parts.append(f"grad norm {logs['grad_norm']:.3f}")
     if "real_tokens_per_s" in logs:

@@ -22,7 +22,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 from data_tools.progress import Progress
 from data_tools.split import normalise
-from launch.config import Prompts
+from launch.config_data import Prompts
 from launch.errors import UserError
 from trainer.arrays import array_folder
 from trainer.model import ROLES, Role, max_length_of, prompt_of

@@ -19,8 +19,22 @@ from transformers import PreTrainedModel
 from launch import config as schema
 from launch.errors import UserError
 from launch.reader import did_you_mean
+from trainer.model import freeze_unused
 
 ADAPTERS = "lora.safetensors"
+
+
+def choose_trained(model: SentenceTransformer, settings: schema.Model, seed: int) -> list[str]:
+    """Freeze what no embedding depends on and what `settings` says, add its adapters; returns the names of the former.
+
+    Raises UserError as `freeze` and `add_adapters`.
+    """
+    unused = freeze_unused(model)
+    if settings.freeze:
+        freeze(model, settings.freeze)
+    if settings.lora:
+        add_adapters(model, settings.lora, seed)
+    return unused
 
 
 def freeze(model: SentenceTransformer, patterns: Sequence[str]) -> None:

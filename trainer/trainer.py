@@ -5,7 +5,10 @@ replaces two of its methods, `get_train_dataloader` and `training_step`; any oth
 """
 
 import copy
+import logging
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,22 +27,25 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from launch.config import RunConfig
+from launch.config import Model, RunConfig
 from launch.errors import UserError
-from launch.files import remove_folder
-from launch.world import engine_asked_for
+from launch.world import engine_asked_for, read_world
 from trainer import checkpoint, collectives, watch
 from trainer.exact_step import ExactStep
-from trainer.gradcache import StepAbandoned
+from trainer.gradcache import STOP_ASKED, StepAbandoned
 from trainer.loader import step_loader
 from trainer.losses import LossByDim
-from trainer.memory import MemoryRanOut
+from trainer.memory import MemoryRanOut, say
 from trainer.metrics_log import StepLog
 from trainer.model import load_model, prompt_of
+from trainer.preemption import SaveInTime
+from trainer.remote import Remote
+from trainer.retrieval import RetrievalSet
 from trainer.tokens import role_of
 from trainer.trainable import merged, read_adapters, save_adapters
+from trainer.validation import Validation
 from trainer.weights import is_sharded, load_whole, name_layers, spread, whole_weights
 
 
@@ -49,6 +55,10 @@ class RoleCollator(SentenceTransformerDataCollator):
 
     def _get_task_for_column(self, column_name: str, column_position: int, router_mapping: dict[str, str]) -> str:
         return router_mapping.get(column_name) or role_of(column_name)
+
+
+class Stopped(Exception):
+    """All ranks left a step because one was told to stop."""
 
 
 class HeldOutLoss(TrainerCallback):
@@ -75,13 +85,23 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         loss: nn.Module,
         run_dir: Path,
         exact: ExactStep | None,
+        subset: RetrievalSet | None = None,
+        stop_asked: Callable[[], bool] = bool,
+        remote: Remote | None = None,
     ) -> None:
-        """`exact` computes the step; None leaves it to `loss` in sentence-transformers' own code."""
+        """`exact` computes the step; None leaves it to `loss` in sentence-transformers' own code. `subset` is what
+        `evaluate.every` looks at, `stop_asked` whether this rank was told to stop, `remote` where rank 0 uploads to."""
         prompts = {column: prompt_of(model, role_of(column)) for column in rows.column_names}
         args.prompts = {column: prompt for column, prompt in prompts.items() if prompt}
-        self._config, self._run_dir, self._exact = config, run_dir, exact
+        self._config, self._run_dir, self._exact, self._stop_asked = config, run_dir, exact, stop_asked
         self._writing_to: Path | None = None
         self._loss_by_dim = LossByDim(loss)
+        # Whole weights are saved from here, because the engine takes `model` apart and training changes it meanwhile.
+        self._plain = copy.deepcopy(model) if args.process_index == 0 else None
+        self._optimizer_state: Any = None
+        self._resumed_at = 0
+        self._remote = remote
+        self._writer = checkpoint.Writer(run_dir, config.checkpoint.keep, remote)
         super().__init__(
             model=model,
             args=args,
@@ -91,13 +111,15 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             callbacks=[StepLog(run_dir / "metrics.jsonl")],
         )
         self.remove_callback(PrinterCallback)  # it repeats StepLog
-        self._plain: SentenceTransformer | None = None
-        if engine_asked_for() and self.is_world_process_zero():
-            self._plain = copy.deepcopy(model)  # the engine takes `model` apart; whole weights are saved from here
         if self.is_fsdp_enabled:
             name_layers(self.accelerator.state.fsdp_plugin, model)
         if exact is not None and config.evaluate and config.evaluate.loss_every:
             self.add_callback(HeldOutLoss(exact, config.evaluate.loss_every))
+        self._validation = Validation(config, subset, model, run_dir, read_world()) if subset else None
+        if self._validation:
+            self.add_callback(self._validation)
+        self._save_in_time = SaveInTime(config.train.grace_seconds, config.checkpoint.every)
+        self.add_callback(self._save_in_time)
         self._tokens = torch.zeros(2, dtype=torch.int64, device=args.device)  # [real, padded] since the last log
         self._logged_at = time.monotonic()
 
@@ -108,7 +130,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         """The loader of an epoch; not prepared by accelerate for the exact step, which would shard it again."""
         if self._exact is None:
             return super().get_train_dataloader()
-        return step_loader(self._exact.steps, self.args.dataloader_num_workers)
+        steps = self._exact.steps
+        return step_loader(steps, self.args.dataloader_num_workers, self._resumed_at % len(steps))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The next batch, which a loader worker may be making."""
@@ -120,7 +143,7 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
     ) -> torch.Tensor:
         """Loss of one global batch on this rank, gradients left on the parameters. All ranks must call.
 
-        Raises UserError, on all ranks alike, where the loss is not finite, and StepAbandoned where a stop is asked.
+        Raises UserError, on all ranks alike, where the loss is not finite, and Stopped where a rank was told to stop.
         """
         watch.at("step", self.state.global_step + 1)
         if self._exact is not None:
@@ -128,8 +151,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             try:
                 return self._exact.run(model, inputs["batch"], self.accelerator.backward)
             except StepAbandoned as error:
-                if error.reason == "stop asked":
-                    raise
+                if error.reason == STOP_ASKED:
+                    raise Stopped from error
                 raise self._exact.explain(error, inputs["batch"], self._run_dir) from error
             except MemoryRanOut as error:
                 raise error.marked(self._run_dir) from error
@@ -142,12 +165,32 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
                 self._tokens += mask[-1]
         loss = super().training_step(model, inputs, num_items_in_batch)
         watch.at("optimiser")
-        if collectives.highest(int(not loss.isfinite()), loss.device):
+        code = collectives.highest(2 if not loss.isfinite() else int(self._stop_asked()), loss.device)
+        if code == 1:
+            raise Stopped
+        if code == 2:
             raise UserError(
                 f"step {self.state.global_step + 1}: the loss is not finite; nothing is saved over the last good "
                 f"checkpoint in {self._run_dir}; lower train.learning_rate, or train in fp32 or bf16"
             )
         return loss
+
+    def train_or_stop(self, resume: Path | None) -> bool:
+        """Train from the start or from a checkpoint; whether a rank was told to stop. All ranks must call.
+
+        Then a checkpoint of the last whole step is there, if there was one.
+        """
+        self._resumed_at = checkpoint.step_of(resume) if resume else 0
+        try:
+            self.train(resume_from_checkpoint=str(resume) if resume else None)
+        except Stopped:
+            if self.state.global_step:
+                self._save_checkpoint(self.model, None)
+                self._finish_checkpoints()
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes what logs are written to
+            return True
+        self._finish_checkpoints()
+        return bool(collectives.highest(int(self._stop_asked()), self.args.device))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add nestling's numbers to a training log. All ranks must call: some are summed over ranks."""
@@ -158,6 +201,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
                 if torch.cuda.is_available()
                 else float(psutil.Process().memory_info().rss)
             )
+            if self._validation:
+                logs |= self._validation.take()
         super().log(logs, start_time)
 
     def _library_metrics(self) -> dict[str, float]:
@@ -185,22 +230,47 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         return "ddp"
 
     def tuned_model(self) -> SentenceTransformer:
-        """The model after training, whole and in fp32 on every rank, without the engine. All ranks must call."""
+        """The model after training, whole and in fp32 on every rank, without the engine. All ranks must call.
+
+        With `evaluate.best` it is that of the best checkpoint.
+        """
+        if (best := self.best_step) not in (None, self.state.global_step):
+            return self._model_of(checkpoint.folder_of(self._run_dir, best))
         if not is_sharded(self.model_wrapped):
             # Takes off the autocast that accelerate put around forward.
             tuned: Any = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
             return merged(tuned)
         whole = self._whole_model()
+        return self._spread(merged(whole) if whole is not None else None)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step whose checkpoint `evaluate.best` chose so far, None where it is not asked for."""
+        return self._validation.best_step if self._validation else None
+
+    def _model_of(self, folder: Path) -> SentenceTransformer:
+        """The model of a checkpoint that rank 0 can read, on every rank. All ranks must call."""
+        problem = checkpoint.problem_with(folder) if self.is_world_process_zero() else None
+        if collectives.highest(int(problem is not None), self.args.device):
+            raise UserError(f"{problem}; it is the best one, so there is no tuned model; set evaluate.best to null")
+        settings = self._config.model
+        if self.is_world_process_zero():
+            settings = settings.model_copy(update={"path": str(folder), "revision": None, "pooling": None})
+        return self._spread(None, settings)
+
+    def _spread(self, whole: SentenceTransformer | None, settings: Model | None = None) -> SentenceTransformer:
+        """Rank 0's model on every rank: `whole`, or where it is None what `settings` name. All ranks must call."""
         unset_hf_deepspeed_config()  # under ZeRO-3 every model that is loaded would be taken apart
-        plain = merged(whole) if whole is not None else load_model(self._config.model, "cpu")
+        plain = whole if whole is not None else load_model(settings or self._config.model, "cpu")
         spread(plain)
         return plain.to(self.args.device)
 
     def _whole_model(self) -> SentenceTransformer | None:
-        """The model as it is now, with its adapters; on rank 0, elsewhere None. All ranks must call."""
-        if not is_sharded(self.model_wrapped):
-            return self.model if self.is_world_process_zero() else None  # pyright: ignore[reportReturnType]
-        weights = whole_weights(self.model_wrapped)
+        """A copy of the model as it is now, with its adapters; on rank 0, elsewhere None. All ranks must call.
+
+        It is the same one at each call, so wait for the writer before.
+        """
+        weights = whole_weights(self.model_wrapped) if is_sharded(self.model_wrapped) else self.model.state_dict()
         if self._plain is not None:
             self._plain.load_state_dict(self._plain.state_dict() | weights)  # what is left out never changes
         return self._plain
@@ -210,14 +280,21 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model as sentence-transformers does, adapters merged and beside it. All ranks must call."""
         if (whole := self._whole_model()) is not None:
-            merged(whole).save_pretrained(str(output_dir), create_model_card=False)
-            save_adapters(whole, Path(str(output_dir)))
+            folder = Path(str(output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writer.later(lambda: merged(whole).save_pretrained(str(folder), create_model_card=False))
+            self._writer.later(lambda: save_adapters(whole, folder))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled:
             return super()._save_optimizer_and_scheduler(output_dir)
-        state = self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model
-        save_fsdp_optimizer(*state, output_dir)
+        if self.is_fsdp_enabled:
+            state = self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model
+            save_fsdp_optimizer(*state, output_dir)
+        elif self.args.should_save:
+            optimizer: Any = self.optimizer
+            self._optimizer_state = state = checkpoint.copied(optimizer.state_dict(), self._optimizer_state)
+            self._writer.later(lambda: torch.save(state, Path(output_dir) / OPTIMIZER_NAME))
         if self.args.should_save:
             scheduler: Any = self.lr_scheduler
             torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
@@ -237,41 +314,53 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         self.model.load_state_dict(self.model.state_dict() | weights)
         return None
 
-    # Checkpoints: the Trainer writes into a partial folder, rank 0 publishes it.
+    # Checkpoints: the Trainer writes into a partial folder, a thread of rank 0 what takes long and publishes it.
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing_to or self._run_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         watch.at("checkpoint", is_watched=False)
-        step = self.state.global_step
-        final = checkpoint.folder_of(self._run_dir, step)
-        if final.exists():
+        step, writer, device = self.state.global_step, self._writer, self.args.device
+        writer.wait()
+        if self._remote:
+            self._remote.refuse_if_lost()
+        if line := self._save_in_time.saved(collectives.highest(math.ceil(writer.seconds), device)):
+            say(line)
+        if collectives.highest(int(checkpoint.folder_of(self._run_dir, step).exists()), device):
             return
-        self._barrier()
-        if self.is_world_process_zero():
-            checkpoint.partial_of(self._run_dir, step)
-        self._barrier()
+        if writer.problem:
+            logging.getLogger("nestling").warning("%s; training goes on", writer.problem)
         self._writing_to = checkpoint.partial_name(self._run_dir, step)
-        written = self._writing_to / f"checkpoint-{step}"
         try:
-            super()._save_checkpoint(model, trial)
+            writer.begin(step, self.is_world_process_zero())
             self._barrier()
-            if self.is_world_process_zero():
-                (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-                checkpoint.publish(written, final, {"step": step, "engine": self.engine_name})
-        except Exception as error:
-            remove_folder(self._writing_to)
-            # A full disk comes as an OSError from Python, and as a text from safetensors and torch.
-            if isinstance(error, OSError) or "os error" in str(error) or "file write failed" in str(error):
-                reason = str(error).splitlines()[0]
-                raise UserError(f"checkpoint of step {step}: cannot write {final}: {reason}") from error
-            raise
-        finally:
-            self._writing_to = None
-        if self.is_world_process_zero():
-            checkpoint.prune(self._run_dir, self._config.checkpoint.keep)
-        self._barrier()
+            super()._save_checkpoint(model, trial)
+        except OSError as error:
+            writer.fail(step, error)
+            if engine_asked_for():  # whose ranks wait for each other in there
+                raise UserError(writer.problem) from error
+        written, self._writing_to = self._writing_to / f"checkpoint-{step}", None
+        has_failed = collectives.highest(int(writer.problem is not None), device)
+        if self.is_world_process_zero() and not has_failed:
+            facts = {"engine": self.engine_name, "processes": self.args.world_size}
+            writer.publish(written, step, facts, self.best_step)
+
+    def _finish_checkpoints(self) -> None:
+        """Wait for the last one; raises UserError, on all ranks alike, where it is not there. All ranks must call."""
+        self._writer.wait()
+        if self._remote:
+            self._remote.finish(self._config.train.grace_seconds / 2 if self._stop_asked() else None)
+        if collectives.highest(int(self._writer.problem is not None), self.args.device):
+            raise UserError(self._writer.problem or "the last checkpoint cannot be written; see rank 0")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self._exact is None:  # whose randomness comes from the seed, step and rank
+            super()._save_rng_state(output_dir)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self._exact is None:
+            super()._load_rng_state(checkpoint)
 
     def _barrier(self) -> None:
         if self.args.world_size > 1:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 import psutil
 import torch.distributed as dist
 
-from launch.errors import EXIT_CRASH, CheckFailed, UserError, leave
+from launch.errors import EXIT_CRASH, CheckFailed, Preempted, UserError, leave
 from launch.world import World
 
 # FAILED: by an error that all ranks are to have alike. SAID: this rank has said, or is about to say, why the run ends.
@@ -90,8 +90,9 @@ _Placed = list[tuple[_Peer, _Place]]
 class _Watch:
     """This rank's notes and the thread that reads those of all."""
 
-    def __init__(self, world: World, stall_seconds: float | None) -> None:
+    def __init__(self, world: World, stall_seconds: float | None, grace_seconds: float) -> None:
         self._world, self._stall, self._lock = world, stall_seconds, threading.Lock()
+        self._left, self._is_over = {_TERMINATED: grace_seconds, _SAID: _PATIENCE}, False  # seconds until it is ended
         file, path = tempfile.mkstemp(prefix="nestling-")
         try:
             os.write(file, bytes(_SIZE))
@@ -121,14 +122,12 @@ class _Watch:
         for peer in self._others:
             with suppress(AttributeError, OSError):  # Linux only
                 self._poll.register(os.pidfd_open(peer.process.pid), select.POLLIN)
-        # torchrun ends the siblings of a rank that failed by SIGTERM, a tenth of a second later: the thread hears of
-        # the signal while the main thread waits in a collective, and first sees what it can say.
+        # SIGTERM asks a run to save and stop, and torchrun ends the siblings of a rank that failed by it: the thread
+        # hears of the signal while the main thread waits in a collective, and sees which of the two it was.
         self._signals, written = os.pipe()
         os.set_blocking(written, False)
         self._poll.register(self._signals, select.POLLIN)
         signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, _leave_it_to_the_thread)
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
     def note(self) -> None:
@@ -138,10 +137,9 @@ class _Watch:
         _PLACE.pack_into(self._board, _STATE.size, *place)
 
     def end(self, state: int) -> None:
-        """Note that this rank has ended by itself, so that the others do not miss it."""
+        """Note how this rank has ended, so that the others do not miss it if it did so with them."""
+        self._is_over = True
         _STATE.pack_into(self._board, 0, state)
-        if signal.getsignal(signal.SIGTERM) is _leave_it_to_the_thread:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
 
     def fail(self, error: Exception) -> None:
@@ -197,8 +195,9 @@ class _Watch:
 
     def _look(self) -> None:
         """The thread. Time counts by looks, so that a job which is suspended as a whole has not stood still."""
-        last, left = time.monotonic(), _PATIENCE
-        while (mine := self._me.state()) not in (_ENDED, _FAILED):
+        last = time.monotonic()
+        while not self._is_over:
+            mine = self._me.state()
             for descriptor, _ in self._poll.poll(1000 * _LOOK):
                 if descriptor != self._signals:
                     self._poll.unregister(descriptor)
@@ -206,9 +205,9 @@ class _Watch:
                     _STATE.pack_into(self._board, 0, _TERMINATED)
             now = time.monotonic()
             passed, last = min(now - last, 2 * _LOOK), now
-            if mine in (_TERMINATED, _SAID):
-                left -= passed
-                if left < (0 if mine == _SAID else _PATIENCE - 2 * _LOOK):
+            if mine in self._left:
+                self._left[mine] -= passed
+                if self._left[mine] < 0:
                     _end_workers()
                     os._exit(EXIT_CRASH if mine == _SAID else 128 + signal.SIGTERM)
             if mine != _SAID:
@@ -219,9 +218,10 @@ class _Watch:
         for peer in self._others:
             is_gone, state = peer.status() in _GONE, peer.state()  # in this order: the state is then its last
             if is_gone and state in (_RUNNING, _TERMINATED):
-                if state == _TERMINATED == self._me.state():
-                    self._end()  # the launcher ends all
-                how = "was ended by SIGTERM" if state == _TERMINATED else "was killed"
+                if state == _TERMINATED == self._me.state():  # all were told; the main thread may be about to answer
+                    self._left[state] = min(self._left[state], _PATIENCE)
+                    continue
+                how = "was told to stop" if state == _TERMINATED else "was killed"
                 self._end(f"rank {peer.rank} {how} {peer.place()}; {_NEXT}")
             if state == _FAILED:
                 peer.failed += passed
@@ -257,10 +257,13 @@ class _Watch:
 _own: _Watch | None = None
 
 
-def begin(world: World, stall_seconds: float | None) -> None:
-    """Watch the ranks of this node from here on. All ranks must call, in their main threads and in the group."""
+def begin(world: World, stall_seconds: float | None, grace_seconds: float) -> None:
+    """Watch the ranks of this node from here on. All ranks must call, in their main threads and in the group.
+
+    A rank that SIGTERM asked to stop is ended after `grace_seconds`.
+    """
     global _own  # noqa: PLW0603  (a process has one place, which every part of a step may note)
-    _own = _Watch(world, stall_seconds)
+    _own = _Watch(world, stall_seconds, grace_seconds)
     os.register_at_fork(after_in_child=_forget)
 
 
@@ -305,7 +308,8 @@ def watched() -> Iterator[None]:
         if _own is not None:
             _own.fail(error)
         raise
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Preempted):
+        state = _TERMINATED
         raise
     except BaseException as error:
         if _own is not None:
@@ -321,10 +325,6 @@ def _say(line: str) -> None:
     os.write(2, text.encode())  # whole, and without a lock that the main thread may hold
 
 
-def _leave_it_to_the_thread(*_: Any) -> None:
-    pass
-
-
 def _end_workers() -> None:
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -336,7 +336,6 @@ def _forget() -> None:
     if _own is not None:
         _own = None
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _pid_namespace() -> str:

@@ -96,3 +96,14 @@ def spread(model: SentenceTransformer) -> None:
     if collectives.world_size() > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
+
+
+def average(model: nn.Module, other: nn.Module, share: float) -> None:
+    """Put (1 - share) of `model`'s weights and `share` of `other`'s into `model` (Wortsman et al., 2022, WiSE-FT).
+
+    Both have the same parameters, whole and in fp32; buffers stay the model's own.
+    """
+    theirs = dict(other.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.lerp_(theirs[name].to(parameter.device), share)

@@ -1,32 +1,44 @@
-"""Write the bundle: ONNX graph, PyTorch weights, tokenizer, manifest, certificate and model card.
+"""Write the bundle: ONNX graph, PyTorch weights, tokenizer, manifest, certificate, bill of materials, model card.
 
 Everything is written to a partial folder beside the target and renamed only after the parity gate has passed,
 so a folder with the final name is always a whole bundle. The layout is the one that onnxruntime,
 sentence-transformers, fastembed and text-embeddings-inference load as it is.
 """
 
-import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 
+from data_tools.packages import spdx_license
+from launch.config_evaluate import BATCH_TOKENS
 from launch.errors import UserError
 from launch.files import list_files, new_folder, sha256_of, write_json
+from launch.world import read_world
+from trainer.embedder import BundleEmbedder, fingerprint
+from trainer.evaluation import MAIN_METRIC, Scored, compare, score
 from trainer.export.card import model_card
-from trainer.export.encoder import FORMAT, KINDS, MANIFEST, TOKENIZER
+from trainer.export.encoder import FORMAT, KINDS, MANIFEST, TOKENIZER, read_manifest
 from trainer.export.onnx import OUTPUTS, check_exportable, export_onnx, input_names, pipeline_copy
-from trainer.export.parity import check_parity
+from trainer.export.parity import certificate, measured, parity_cases
+from trainer.export.precisions import memory_mib, write_fp16
+from trainer.export.quantise import choose_int8
+from trainer.export.sbom import SBOM, bill_of_materials
 from trainer.export.verify import PARITY, SEAL
 from trainer.model import position_limit
+from trainer.retrieval import RetrievalSet
 
-# Precision -> file; a further precision is a further line here and a file that passes its own gate.
-ONNX_FILES = {"fp32": "onnx/model.onnx"}
+# The names that Transformers.js looks for.
+ONNX_FILES = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx", "int8": "onnx/model_quantized.onnx"}
+# Ends of the older keys of a pooling, where they are not its name.
+_OLDER = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "weightedmean": "weightedmean_tokens"}
 # What a tokenizer remembers of its last call or of the machine that saved it; none of it is ours to publish.
 _TOKENIZER_LEFTOVERS = (
     "max_length",
@@ -48,7 +60,7 @@ class BundleFacts:
     base_revision: str | None
     """Its commit, where it has one."""
     license: str
-    """SPDX identifier of the base model's licence, or "unknown"."""
+    """The base model's licence as a hub card or SPDX names it, or "unknown"; the bundle has the SPDX form."""
     prompts: dict[str, str]
     """query, document: text before every input of that kind, "" for none."""
     max_length: dict[str, int]
@@ -61,8 +73,18 @@ class BundleFacts:
     """{name, fingerprint, rows, license} of every source that the model was trained on."""
     metrics: list[dict[str, Any]] = field(default_factory=list)
     """`results` of evaluation.json."""
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
+    """`comparisons` of evaluation.json."""
     opset: int = 18
     """ONNX operator set."""
+    precisions: Sequence[str] = ("fp32",)
+    """Keys of ONNX_FILES; fp32, from which the others are made, is always among them."""
+    retrieval: RetrievalSet | None = None
+    """What the ONNX files are judged on, None = they are not."""
+    dim: int | None = None
+    """The bundle's vectors are the first so many components, of length 1 again; None = all."""
+    max_ndcg_loss: float = 0.005
+    """Share of nDCG@10 that int8 may lose."""
     versions: dict[str, str] = field(default_factory=dict)
     """Package -> version that made model and graph."""
 
@@ -75,14 +97,29 @@ def export_bundle(model: SentenceTransformer, out: Path, facts: BundleFacts) -> 
     """
     if os.path.lexists(out):
         raise UserError(f"{out}: exists already, allowed: a new folder; choose another --out or remove it")
+    if "int8" in facts.precisions and facts.retrieval is None:
+        raise UserError("int8: got no queries to judge it on; allowed: the export of a run that has `evaluate`")
     check_exportable(model)
     _check_lengths(model, facts.max_length)
     try:
         with new_folder(out) as partial:
-            _write(pipeline_copy(model), partial, facts)
+            _write(truncated(pipeline_copy(model), facts.dim), partial, facts)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
     return out
+
+
+def truncated(model: SentenceTransformer, dim: int | None) -> SentenceTransformer:
+    """`model` with a last step that keeps the first `dim` components at length 1; every runtime then does the same."""
+    width = model.get_embedding_dimension()
+    assert width is not None
+    if dim is None:
+        return model
+    if not 1 <= dim <= width:
+        raise UserError(f"dim: got {dim}, the model has {width}; allowed: 1 to {width}")
+    cut = Dense(width, dim, bias=False, activation_function=torch.nn.Identity(), init_weight=torch.eye(dim, width))
+    model.extend([cut, Normalize()])
+    return model
 
 
 def _write(twin: SentenceTransformer, folder: Path, facts: BundleFacts) -> None:
@@ -99,32 +136,77 @@ def _write(twin: SentenceTransformer, folder: Path, facts: BundleFacts) -> None:
         setattr(encoder, f"{kind}_length", length if (length := facts.max_length[kind]) < longest else None)
     twin.save(str(folder), create_model_card=False)
     _one_length(folder, encoder.tokenizer, longest)
-    for name in ONNX_FILES.values():
-        export_onnx(twin, folder / name, facts.opset)
-    manifest = _manifest(twin, facts, dims)
-    # The gate reads prompts, lengths and padding from the manifest, as every user of the bundle will.
-    write_json(folder / MANIFEST, {**manifest, "files": {TOKENIZER: {"bytes": 0, "sha256": ""}}})
-    certificate = check_parity(twin, folder, dims)
-    write_json(folder / PARITY, certificate)
-    (folder / "README.md").write_text(model_card(manifest, certificate), encoding="utf-8")
+    for path in folder.glob("*_Pooling/config.json"):
+        # sentence-transformers 6 reads both forms, text-embeddings-inference the older one alone.
+        settings = json.loads(path.read_text("utf-8"))
+        chosen = settings["pooling_mode"]
+        modes = [chosen] if isinstance(chosen, str) else chosen
+        older = {f"pooling_mode_{_OLDER.get(mode, mode)}": mode in modes for mode in Pooling.POOLING_MODES}
+        write_json(path, settings | older)
+    onnx = {name: ONNX_FILES[name] for name in ONNX_FILES if name == "fp32" or name in facts.precisions}
+    export_onnx(twin, folder / onnx["fp32"], facts.opset)
+    manifest = _manifest(twin, facts, dims, onnx)
+    # The gates read prompts, lengths and padding from the manifest, as every user of the bundle will.
+    write_json(folder / MANIFEST, {**manifest, "files": {TOKENIZER: {"bytes": 0, "sha256": "0" * 64}}})
+    parity = _judged(twin, folder, facts, manifest)
+    # Only now: with the gates' sessions still open a large model would need the memory twice.
+    manifest["memory_mib"] = {precision: memory_mib(folder, precision) for precision in onnx}
+    write_json(folder / PARITY, parity)
+    (folder / "README.md").write_text(model_card(manifest, parity), encoding="utf-8")
     (folder / MANIFEST).unlink()
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o644)  # safetensors writes files that only their owner can read
+    write_json(folder / SBOM, bill_of_materials(manifest, list_files(folder)))
     write_json(folder / MANIFEST, {**manifest, "files": list_files(folder)})
+    read_manifest(folder)  # what no user of the bundle could read is not published
     (folder / SEAL).write_text(f"{sha256_of(folder / MANIFEST)}  {MANIFEST}\n", encoding="ascii")
 
 
-def _manifest(model: SentenceTransformer, facts: BundleFacts, dims: list[int]) -> dict[str, Any]:
+def _judged(twin: SentenceTransformer, folder: Path, facts: BundleFacts, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Make the smaller files, let each file pass its gates, and complete `manifest`; returns the certificate."""
+    onnx, dims, retrieval = manifest["onnx"], manifest["dims"], facts.retrieval
+    whole = BundleEmbedder(folder)
+    cases = parity_cases(twin, whole.encoder)
+    parts: dict[str, Any] = {}
+    scored: dict[str, Scored] = {}
+    for precision in list(onnx):
+        if precision == "fp16":
+            write_fp16(folder / onnx["fp32"], folder / onnx[precision])
+        if precision == "int8":
+            assert retrieval is not None
+            check = partial(measured, precision=precision, cases=cases, dims=dims)
+            found = choose_int8(folder, onnx, whole.encoder, scored["fp32"], retrieval, facts.max_ndcg_loss, check)
+            manifest["quantisation"] = found
+            print(found["told"], flush=True)
+            if found["outcome"] != "passed":
+                del onnx[precision]
+                break
+        embedder = whole if precision == "fp32" else BundleEmbedder(folder, precision)
+        parts[precision] = measured(embedder.encoder, precision, cases, dims)
+        if retrieval:
+            scored[precision] = score(embedder, retrieval, dims, batch_tokens=BATCH_TOKENS, world=read_world({}))
+            results = compare(retrieval, {"tuned": scored[precision]})["results"]
+            manifest["metrics"] = [*manifest["metrics"], *(e for e in results if e["metric"] == MAIN_METRIC)]
+    return certificate(twin, whole.encoder, parts)
+
+
+def _manifest(model: SentenceTransformer, facts: BundleFacts, dims: list[int], onnx: dict[str, str]) -> dict[str, Any]:
     encoder: Any = model[0]
     tokenizer = encoder.tokenizer
     pooling = [m.pooling_mode for m in model if isinstance(m, Pooling)]
     return {
         "format": FORMAT,
         "run_id": facts.run_id,
-        "base_model": {"name": facts.base_model, "revision": facts.base_revision, "license": facts.license},
-        "model_fingerprint": model_fingerprint(model, facts.prompts),
-        "onnx": ONNX_FILES,
+        "base_model": {
+            "name": facts.base_model,
+            "revision": facts.base_revision,
+            "license": spdx_license(facts.license),
+        },
+        "model_fingerprint": fingerprint(model),
+        "onnx": onnx,
+        "memory_mib": {},
+        "quantisation": None,
         "opset": facts.opset,
         "inputs": input_names(model),
         "outputs": list(OUTPUTS),
@@ -139,27 +221,11 @@ def _manifest(model: SentenceTransformer, facts: BundleFacts, dims: list[int]) -
             "padding_side": tokenizer.padding_side,
             "truncation_side": tokenizer.truncation_side,
         },
-        "data": facts.data,
+        "data": [{**source, "license": spdx_license(source["license"])} for source in facts.data],
         "metrics": facts.metrics,
+        "comparisons": facts.comparisons,
         "versions": facts.versions,
     }
-
-
-def model_fingerprint(model: SentenceTransformer, prompts: dict[str, str]) -> str:
-    """Hex SHA-256 over the fp32 weights in name order, then what else decides an embedding: modules, prompts.
-
-    Two bundles with this fingerprint make vectors that can be compared with each other.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = np.ascontiguousarray(tensor.float().cpu().numpy())
-        digest.update(f"{name} {list(values.shape)}\n".encode())
-        digest.update(values.tobytes())
-    modules: list[Any] = list(model)
-    kinds = [type(module).__name__ for module in modules]
-    settings = [module.get_config_dict() for module in modules[1:]]
-    digest.update(json.dumps([kinds, settings, prompts], sort_keys=True, default=str).encode())
-    return digest.hexdigest()
 
 
 def _one_length(folder: Path, tokenizer: Any, longest: int) -> None:

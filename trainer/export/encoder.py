@@ -7,8 +7,9 @@ Prompts, maximal lengths and padding come from the bundle's manifest, so that a 
 
 import json
 import os
+import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,11 +43,14 @@ class Encoder:
         options.intra_op_num_threads = threads or 0  # 0 = its own choice
         name = manifest["onnx"][precision]
         try:
-            self._session = onnxruntime.InferenceSession(root / name, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                root / name, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
+            self._inputs = [item.name for item in self._session.get_inputs()]
+            problem = _signature_problem(self._session, manifest["width"])
         except Exception as error:  # onnxruntime has an exception class of its own per error code
             raise CheckFailed(f"{name}: onnxruntime cannot load it: {first_line(error)}") from None
-        self._inputs = [item.name for item in self._session.get_inputs()]
-        if (problem := _signature_problem(self._session, manifest)) is not None:
+        if problem is not None:
             raise CheckFailed(f"{name}: {problem}")
         self.width: int = manifest["width"]
         self.dims: list[int] = manifest["dims"]
@@ -129,19 +133,12 @@ def truncate(embeddings: np.ndarray, dim: int) -> np.ndarray:
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest with every field that code relies on checked for its type; raises CheckFailed."""
+    """The manifest, as manifest.schema.json describes it and with no link in a graph's path; raises CheckFailed."""
     if not root.is_dir():
         raise CheckFailed(f"{root}: not a folder; give the folder that holds {MANIFEST}")
     manifest = read_json(root, MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise CheckFailed(f"{MANIFEST}: format is {manifest.get('format')!r}, allowed: {FORMAT!r}")
-    for name, holds in _SOUND.items():
-        try:
-            sound = holds(manifest[name])
-        except (KeyError, TypeError, AttributeError):
-            sound = False
-        if not sound:
-            raise CheckFailed(f"{MANIFEST}: field {name!r} is missing or malformed")
+    if breach := _breach(manifest, _SCHEMA, ""):
+        raise CheckFailed(f"{MANIFEST}: {breach}")
     if max(manifest["dims"]) > manifest["width"]:
         raise CheckFailed(f"{MANIFEST}: dims are {manifest['dims']}, allowed: 1 to the width {manifest['width']}")
     for name in manifest["onnx"].values():
@@ -150,42 +147,49 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-def is_safe_name(name: Any) -> bool:
-    """A relative POSIX path without detours, as the exporter writes it."""
-    if not isinstance(name, str) or "\\" in name or ":" in name or "\0" in name:
-        return False
-    return all(part not in ("", ".", "..") for part in name.split("/"))
+_SCHEMA: dict[str, Any] = json.loads(Path(__file__).with_name("manifest.schema.json").read_text(encoding="utf-8"))
+_TYPES = {"object": dict, "array": list, "string": str, "integer": int, "null": type(None)}
 
 
-def _is_number(value: Any, least: int, most: int = 2**63) -> bool:
-    return type(value) is int and least <= value < most
-
-
-# Field of the manifest -> whether a value is as code relies on it; one of another shape may raise instead.
-_SOUND: dict[str, Callable[[Any], bool]] = {
-    "width": lambda width: _is_number(width, 1),
-    "dims": lambda dims: bool(dims) and all(_is_number(dim, 1) for dim in dims),
-    "prompts": lambda prompts: all(isinstance(prompts[kind], str) for kind in KINDS),
-    "max_length": lambda lengths: all(_is_number(lengths[kind], 2, 2**31) for kind in KINDS),
-    "onnx": lambda names: bool(names) and all(map(is_safe_name, names.values())),
-    "tokenizer": lambda settings: (
-        _is_number(settings["pad_id"], 0, 2**31)
-        and {settings["padding_side"], settings["truncation_side"]} <= {"left", "right"}
-    ),
-    "files": lambda files: (
-        bool(files)
-        and all(_is_number(entry["bytes"], 0) and isinstance(entry["sha256"], str) for entry in files.values())
-    ),
-}
+def _breach(value: Any, rule: Any, where: str) -> str | None:
+    """The first place where `value` breaks `rule`, by those keywords of JSON Schema that the manifest's schema uses."""
+    if rule is None:
+        return None
+    rule = _SCHEMA["$defs"].get(rule.get("$ref", "").rpartition("/")[2], rule)
+    kind = type(value)
+    if (
+        kind not in [_TYPES[name] for name in rule["type"]]
+        or (kind is int and not rule["minimum"] <= value <= rule["maximum"])
+        or (kind is str and not re.fullmatch(rule.get("pattern", "(?s:.*)"), value))
+        or (kind is list and not rule.get("minItems", 0) <= len(value) <= rule.get("maxItems", len(value)))
+        or (kind is dict and len(value) < rule.get("minProperties", 0))
+    ):
+        got = f"{kind.__name__} of {len(value)}" if kind in (dict, list) else f"{value!a:.60}"
+        return f"{where} is {got}, allowed: {rule['description']}"
+    steps: list[tuple[Any, Any, str]] = []
+    if kind is list:
+        steps = [(item, rule["items"], f"{where}[{place}]") for place, item in enumerate(value)]
+    if kind is dict:
+        for name, item in value.items():
+            own = rule.get("properties", {}).get(name, rule.get("additionalProperties"))
+            steps.append((name, rule.get("propertyNames"), f"a name in {where}"))
+            steps.append((item, own, f"{where}.{ascii(name)[1:-1]:.60}".lstrip(".")))
+    absent = [
+        f"{where}.{name} is missing".lstrip(".")
+        for name in rule.get("required", ())
+        if kind is dict and name not in value
+    ]
+    return next((breach for step in steps if (breach := _breach(*step))), absent[0] if absent else None)
 
 
 def read_json(root: Path, name: str) -> dict[str, Any]:
+    """The object in the file `name`, in which no key stands twice; raises CheckFailed."""
     path = root / name
     try:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > _JSON_LIMIT:
             raise CheckFailed(f"{name}: not a regular file below {_JSON_LIMIT >> 20} MiB")
-        content = json.loads(path.read_bytes().decode("utf-8"))
+        content = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_once)
     except OSError as error:
         raise CheckFailed(f"{name}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -195,20 +199,26 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _signature_problem(session: Any, manifest: dict[str, Any]) -> str | None:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):  # which of the two counts differs between readers of JSON
+        raise ValueError("a key stands twice")
+    return content
+
+
+def _signature_problem(session: Any, width: int) -> str | None:
     """Why the graph is not [batch, sequence] int64 -> float32 token and sentence embeddings, or None."""
-    outputs = {"token_embeddings": "tensor(float)", "sentence_embedding": "tensor(float)"}
-    needed = {"input_ids": "tensor(int64)", "attention_mask": "tensor(int64)", **outputs}
-    allowed = {**needed, "token_type_ids": "tensor(int64)"}
+    ids, floats = "tensor(int64)", "tensor(float)"
+    allowed = {"input_ids": (ids, 2), "attention_mask": (ids, 2), "token_type_ids": (ids, 2)}
+    allowed |= {"token_embeddings": (floats, 3), "sentence_embedding": (floats, 2)}
     found = {item.name: item for item in (*session.get_inputs(), *session.get_outputs())}
-    if not needed.keys() <= found.keys() <= allowed.keys():
-        return f"inputs and outputs are {', '.join(found)}, allowed: {', '.join(allowed)}"
+    if not allowed.keys() - {"token_type_ids"} <= found.keys() <= allowed.keys():
+        return f"inputs and outputs are {', '.join(map(ascii, found))}, allowed: {', '.join(allowed)}"
     for name, item in found.items():
-        if item.type != allowed[name] or (name not in outputs and len(item.shape) != 2):
-            return f"{name} is {item.type} {item.shape}, allowed: {allowed[name]} [batch, sequence ...]"
-    shape = found["sentence_embedding"].shape
-    if shape[-1:] != [manifest["width"]]:
-        return f"sentence_embedding is {shape}, {MANIFEST} says width {manifest['width']}"
+        if (item.type, len(item.shape)) != allowed[name]:
+            return f"{name} is {item.type} {item.shape}, allowed: {allowed[name][0]} of rank {allowed[name][1]}"
+    if (shape := found["sentence_embedding"].shape)[1] != width:
+        return f"sentence_embedding is {shape}, allowed: [batch, {width}]"
     return None
 
 
@@ -223,4 +233,6 @@ def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """What an error says, as a line that a terminal can show: the names in it may be a forger's."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return "".join(letter if " " <= letter <= "~" else ascii(letter)[1:-1] for letter in line)

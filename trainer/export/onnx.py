@@ -1,7 +1,7 @@
 """The whole embedding pipeline as one ONNX graph: encoder, pooling, dense layers, L2 normalisation.
 
-The graph is exported from an fp32 copy with eager attention, so the model that is handed in keeps its
-weights, dtype, mode and attention. Stack traces that the exporter writes into every node are taken out again:
+The graph is exported from an fp32 copy, so the model that is handed in keeps its weights, dtype and mode; the copy has
+eager attention meanwhile. Stack traces that the exporter writes into every node are taken out again:
 they hold paths of the machine and make two exports of one model differ.
 """
 
@@ -34,25 +34,25 @@ EXTERNAL_ABOVE = 2**31 - 2**26
 
 
 def export_onnx(model: SentenceTransformer, path: Path, opset: int, external_above: int = EXTERNAL_ABOVE) -> None:
-    """Write `model` to `path` as ONNX, weights of more than `external_above` bytes beside it (`<name>_data`).
+    """Write `model`, which pipeline_copy made, to `path` as ONNX.
 
+    Weights of more than `external_above` bytes go beside it (`<name>_data`).
     Inputs are int64 [batch, sequence]: input_ids, attention_mask and, where tokenizer and encoder know them,
     token_type_ids. Outputs are float32: token_embeddings [batch, sequence, hidden], then sentence_embedding
     [batch, width], always of length 1. Raises UserError if a module cannot be exported.
     """
     import onnx_ir
 
-    check_exportable(model)
-    pipeline = pipeline_copy(model)
-    encoder: Any = pipeline[0]
+    encoder: Any = model[0]
+    attention = encoder.auto_model.config._attn_implementation
     encoder.auto_model.set_attn_implementation("eager")
-    features = pipeline.preprocess(["one", "a text with a few more words"])
-    names = input_names(pipeline)
+    features = model.preprocess(["one", "a text with a few more words"])
+    names = input_names(model)
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
-                _Graph(pipeline).eval(),
+                _Graph(model).eval(),
                 kwargs={name: features[name] for name in names},
                 dynamo=True,
                 opset_version=opset,
@@ -65,6 +65,8 @@ def export_onnx(model: SentenceTransformer, path: Path, opset: int, external_abo
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         name = type(encoder.auto_model).__name__
         raise UserError(f"export: {name} cannot be exported to ONNX opset {opset}: {reason}") from error
+    finally:
+        encoder.auto_model.set_attn_implementation(attention)
     assert program is not None
     graph = program.model.graph
     for node in graph.all_nodes():

@@ -5,6 +5,11 @@ own tokenizers, prompts and truncation. The result is the certificate that the b
 """
 
 import base64
+import hashlib
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,9 @@ from sentence_transformers import SentenceTransformer
 from launch.errors import CheckFailed
 from trainer.export.encoder import KINDS, Encoder, truncate
 
-BOUND = 1e-5  # max abs per component of an embedding of length 1
+# Most that a component of an embedding of length 1 may differ. What int8 costs is judged by retrieval (quantise.py);
+# its bound tells a file that computes something else.
+BOUNDS = {"fp32": 1e-5, "fp16": 5e-3, "int8": 0.25}
 LENGTHS = (1, 2, 7, 31, 128)
 _TOGETHER = 512  # tokens; longer texts are compared alone, padding others to them would only cost time
 _WORDS = ["time", "year", "people", "way", "day", "thing", "life", "child", "world", "school", "state", "group"]
@@ -34,14 +41,24 @@ TEXTS = {
 GOLDEN = ("plain", "empty", "accents", "CJK", "emoji")
 
 
-def check_parity(model: SentenceTransformer, folder: Path, dims: list[int]) -> dict[str, Any]:
-    """Compare `folder` (manifest, tokenizer, graph) with `model` (fp32, CPU, eval mode).
+@dataclass(frozen=True)
+class Case:
+    """One comparison: what PyTorch gave, and how an encoder computes the same."""
 
-    Returns the certificate; raises CheckFailed naming the case, the dim and the difference.
-    """
-    encoder = Encoder(folder)
-    worst = dict.fromkeys(dims, 0.0)
-    cases = [*_graph_cases(model, encoder, worst), *_text_cases(model, encoder, worst)]
+    name: str
+    run: Callable[[Encoder], list[np.ndarray]]
+    """-> [embeddings float32 [n, width], hidden states of the real tokens]; the latter in graph cases only."""
+    expected: list[np.ndarray]
+    tokens: int | None = None
+
+
+def parity_cases(model: SentenceTransformer, encoder: Encoder) -> list[Case]:
+    """What `model` (fp32, CPU, eval mode) computes, to be compared with each file of the bundle of `encoder`."""
+    return [*_graph_cases(model, encoder), *_text_cases(model, encoder)]
+
+
+def certificate(model: SentenceTransformer, encoder: Encoder, precisions: dict[str, Any]) -> dict[str, Any]:
+    """The contents of parity.json: what `measured` found of each file, and golden embeddings of `model`."""
     golden = []
     for kind in KINDS:
         for name in GOLDEN:
@@ -52,15 +69,47 @@ def check_parity(model: SentenceTransformer, folder: Path, dims: list[int]) -> d
                 golden.append({"kind": kind, "text": TEXTS[name], "embedding": encoded})
     return {
         "what": "max abs difference per component of onnxruntime to sentence-transformers, fp32 on the CPU",
-        "bound": BOUND,
-        "max_abs_by_dim": {str(dim): _rounded(value) for dim, value in worst.items()},
-        "cases": cases,
+        "cpu": cpu(),
+        "precisions": precisions,
         "token_ids": "equal to sentence-transformers' own for every text",
+        "texts": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in TEXTS.items()},
         "golden": golden,
     }
 
 
-def _graph_cases(model: SentenceTransformer, encoder: Encoder, worst: dict[int, float]) -> list[dict[str, Any]]:
+def measured(encoder: Encoder, precision: str, cases: list[Case], dims: list[int]) -> dict[str, Any]:
+    """The part of the certificate for one file; raises CheckFailed naming precision, case, dim and difference."""
+    bound, worst, rows = BOUNDS[precision], dict.fromkeys(dims, 0.0), []
+    for case in cases:
+        got = case.run(encoder)
+        row: dict[str, Any] = {"case": case.name}
+        if case.tokens is not None:
+            row["tokens"] = case.tokens
+        differences = {}
+        for dim in dims:
+            differences[f"dim {dim}"] = float(np.abs(truncate(got[0], dim) - truncate(case.expected[0], dim)).max())
+            worst[dim] = max(worst[dim], differences[f"dim {dim}"])
+        row["max_abs"] = _rounded(max(differences.values()))
+        if len(got) > 1:
+            # Hidden states have no fixed scale (an untied last norm reaches hundreds): relative to their largest.
+            scale = max(1.0, float(np.abs(case.expected[1]).max()))
+            differences["token_embeddings"] = float(np.abs(got[1] - case.expected[1]).max()) / scale
+            row["token_embeddings_max_rel"] = _rounded(differences["token_embeddings"])
+        for what, difference in differences.items():
+            if not difference <= bound:  # NaN is not
+                raise CheckFailed(
+                    f"parity: {precision}, {case.name}, {what}: onnxruntime differs from PyTorch by {difference:.1e}, "
+                    f"allowed {bound:.0e}; nothing published"
+                )
+        rows.append(row)
+    return {
+        "bound": bound,
+        "max_abs_by_dim": {str(dim): _rounded(value) for dim, value in worst.items()},
+        "cases": rows,
+    }
+
+
+def _graph_cases(model: SentenceTransformer, encoder: Encoder) -> Iterator[Case]:
     import torch
 
     longest = max(encoder.max_length.values())
@@ -68,28 +117,22 @@ def _graph_cases(model: SentenceTransformer, encoder: Encoder, worst: dict[int, 
     batches = {f"length {length}": [length] for length in (*LENGTHS, longest) if length <= longest}
     batches["batch of 7"] = [min(length, longest) for length in (128, 1, 2, 7, 31, 3, 64)]
     batches["batch of 32"] = [min(1 + row * 11 % 32, longest) for row in range(32)]
-    cases = []
+
+    def run(rows: list[tuple[np.ndarray, np.ndarray]], encoder: Encoder) -> list[np.ndarray]:
+        tokens, embeddings = encoder.run(rows)
+        return [embeddings, tokens[encoder.pad(rows)["attention_mask"] == 1]]
+
     for name, lengths in batches.items():
         # Rows start at different words, so that a graph that mixes up rows cannot pass.
         rows = [(np.roll(ids, -row)[:length], types[:length]) for row, length in enumerate(lengths)]
-        got_tokens, got = encoder.run(rows)
         feed = {key: torch.from_numpy(value) for key, value in encoder.pad(rows).items()}
-        mask = feed["attention_mask"].bool().numpy()
         with torch.inference_mode():
             features = model(feed)
-        expected_tokens = features["token_embeddings"].numpy()[mask]
-        difference = _compare(name, got, features["sentence_embedding"].numpy(), worst)
-        # Hidden states have no fixed scale (an untied last norm reaches hundreds): relative to their largest.
-        scale = max(1.0, float(np.abs(expected_tokens).max()))
-        hidden = float(np.abs(got_tokens[mask] - expected_tokens).max()) / scale
-        if not hidden <= BOUND:
-            raise _failed(name, "token_embeddings", hidden)
-        cases.append({"case": name, "max_abs": _rounded(difference), "token_embeddings_max_rel": _rounded(hidden)})
-    return cases
+        hidden = features["token_embeddings"].numpy()[feed["attention_mask"].bool().numpy()]
+        yield Case(name, partial(run, rows), [features["sentence_embedding"].numpy(), hidden])
 
 
-def _text_cases(model: SentenceTransformer, encoder: Encoder, worst: dict[int, float]) -> list[dict[str, Any]]:
-    cases = []
+def _text_cases(model: SentenceTransformer, encoder: Encoder) -> Iterator[Case]:
     for kind in KINDS:
         tokens = dict(zip(TEXTS, encoder.tokenize(list(TEXTS.values()), kind), strict=True))
         for name, (ids, types) in tokens.items():
@@ -99,16 +142,16 @@ def _text_cases(model: SentenceTransformer, encoder: Encoder, worst: dict[int, f
         if kind == "document" and alike and len(set(encoder.max_length.values())) == 1:
             continue
         names = [name for name, (ids, _) in tokens.items() if len(ids)]
-        alone = {name: _reference(model, [TEXTS[name]], kind)[0] for name in names}
+        alone = {name: _reference(model, [TEXTS[name]], kind) for name in names}
+
+        def run(chosen: list[str], kind: Any, encoder: Encoder) -> list[np.ndarray]:
+            return [encoder.encode([TEXTS[name] for name in chosen], kind=kind, batch_tokens=1 << 30)]
+
         for name in names:
-            got = encoder.encode([TEXTS[name]], kind=kind)
-            difference = _compare(f"{kind}, {name}", got, alone[name][None], worst)
-            cases.append({"case": f"{kind}, {name}", "tokens": len(tokens[name][0]), "max_abs": _rounded(difference)})
+            yield Case(f"{kind}, {name}", partial(run, [name], kind), [alone[name]], len(tokens[name][0]))
         short = [name for name in names if len(tokens[name][0]) <= _TOGETHER]
-        got = encoder.encode([TEXTS[name] for name in short], kind=kind, batch_tokens=1 << 30)
-        difference = _compare(f"{kind}, all together", got, np.stack([alone[name] for name in short]), worst)
-        cases.append({"case": f"{kind}, all together", "max_abs": _rounded(difference)})
-    return cases
+        expected = np.concatenate([alone[name] for name in short])
+        yield Case(f"{kind}, all together", partial(run, short, kind), [expected])
 
 
 def _reference(model: SentenceTransformer, texts: list[str], kind: str) -> np.ndarray:
@@ -131,23 +174,14 @@ def _same_tokens(model: SentenceTransformer, name: str, kind: str, ids: np.ndarr
         )
 
 
-def _compare(case: str, got: np.ndarray, expected: np.ndarray, worst: dict[int, float]) -> float:
-    """Largest difference over all dims, both sides truncated and scaled to length 1; updates `worst`."""
-    largest = 0.0
-    for dim, before in worst.items():
-        difference = float(np.abs(truncate(got, dim) - truncate(expected, dim)).max())
-        if not difference <= BOUND:
-            raise _failed(case, f"dim {dim}", difference)
-        worst[dim] = max(before, difference)
-        largest = max(largest, difference)
-    return largest
-
-
-def _failed(case: str, what: str, difference: float) -> CheckFailed:
-    return CheckFailed(
-        f"parity: {case}, {what}: onnxruntime differs from PyTorch by {difference:.1e}, allowed {BOUND:.0e}; "
-        "nothing published"
-    )
+def cpu() -> str:
+    """Architecture and name of this machine's processor, with the vector units that int8 products depend on."""
+    information = Path("/proc/cpuinfo")
+    text = information.read_text("utf-8") if information.exists() else ""
+    facts = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    units = [flag for flag in facts.get("flags", "").split() if flag in ("avx2", "avx512bw", "avx512_vnni", "avx_vnni")]
+    return " ".join([platform.machine(), facts.get("model name", platform.processor()), *units])
 
 
 def _rounded(difference: float) -> float:
