@@ -226,14 +226,18 @@ def test_int8_is_chosen_and_judged(
     cases = parity.parity_cases(half[0], whole.encoder)
     check = partial(parity.measured, precision="int8", cases=cases, dims=[32, 16])
     scored = score(whole, words(60), [32, 16], batch_tokens=8192, world=ALONE)
-    found = choose_int8(folder, files, whole.encoder, scored, words(60), most, check)
+    found, written = choose_int8(folder, files, whole.encoder, scored, words(60), most, check)
     assert [entry["recipe"] for entry in found["tried"]] == ["fp32", *RECIPES]
-    assert (folder / files["int8"]).is_file() == (found["outcome"] == "passed")
+    assert (folder / files["int8"]).is_file() == (written is not None) == (found["outcome"] == "passed")
     assert found["queries"] == {"chosen on": 30, "judged on": 30} and found["documents"] == 60
     for entry in found["tried"]:
         assert set(entry["ndcg_by_dim"]) == {"32", "16"} and set(entry["milliseconds"]) == {"8", "32"}
     if outcome == "passed":
-        assert found["outcome"] == "passed" and found["judged"]["ci95"][1] <= most
+        assert written is not None and found["judged"]["ci95"][1] <= most
+        again = BundleEmbedder(folder, "int8")  # the file that stays is the one that was judged
+        assert written[0] == parity.measured(again.encoder, "int8", cases, [32, 16])
+        whole_scores = score(again, words(60), [32, 16], batch_tokens=8192, world=ALONE).by_metric["float32", 32]
+        np.testing.assert_array_equal(written[1].by_metric["float32", 32]["ndcg@10"], whole_scores["ndcg@10"])
         fit = [e for e in found["tried"][1:] if e["why"] == "chosen" or e["why"].startswith("slower than ")]
         fastest = min(fit, key=lambda e: np.prod([*e["milliseconds"].values()]))
         assert found["chosen"] == fastest["recipe"]

@@ -28,13 +28,10 @@ from launch import config as schema
 from trainer.model import Role, load_model, max_length_of
 from trainer.trainable import choose_trained
 
-_UNLIMITED = 1 << 20  # tokenizers without a limit of their own name 1e30
-
 
 def length_of(model: SentenceTransformer, role: Role) -> int:
     """Longest input of this role in tokens; 512 where the model names no limit."""
-    length = max_length_of(model, role)
-    return length if length and length < _UNLIMITED else 512
+    return max_length_of(model, role) or 512
 
 
 class FakeEncoder:

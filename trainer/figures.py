@@ -49,6 +49,11 @@ def stored(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def of_files(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of a bundle's metrics that were measured on its ONNX files."""
+    return [entry for entry in metrics if entry["artifact"].startswith("onnx-")]
+
+
 def to_deploy(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The row of `stored` that takes least and surely keeps KEEPS of the full vectors' quality."""
     kept = [row for row in rows if row["kept95"] and row["kept95"][0] >= KEEPS]

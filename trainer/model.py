@@ -20,6 +20,7 @@ from launch.preflight import resolve_model_path
 
 Role = Literal["query", "document"]
 ROLES: tuple[Role, Role] = ("query", "document")
+_UNLIMITED = 1 << 20  # tokens; a tokenizer without a limit of its own says 10^30
 
 
 def load_model(settings: schema.Model, device: str) -> SentenceTransformer:
@@ -74,8 +75,8 @@ def prompt_of(model: SentenceTransformer, role: Role) -> str | None:
 
 def max_length_of(model: SentenceTransformer, role: Role) -> int | None:
     """Longest input of this role in tokens, special tokens and prompt included; None = unlimited."""
-    own = getattr(model[0], f"{role}_length", None)
-    return own or model.max_seq_length
+    length = getattr(model[0], f"{role}_length", None) or model.max_seq_length
+    return length if length and length < _UNLIMITED else None
 
 
 def freeze_unused(model: SentenceTransformer) -> list[str]:

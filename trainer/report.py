@@ -22,7 +22,7 @@ from launch.errors import UserError, exit_code
 from launch.files import write_text
 from trainer.charts import Chart, Series, inline, number, save
 from trainer.evaluation import MAIN_METRIC, format_p
-from trainer.figures import KEEPS, entries, rows_by_dim, stored, to_deploy
+from trainer.figures import KEEPS, entries, of_files, rows_by_dim, stored, to_deploy
 
 PAGE = "report.html"
 _INPUTS = {
@@ -83,6 +83,7 @@ def write_report(*runs: Path, out: Path | None = None, pictures: Path | None = N
     environment.globals |= {"metric": _LABEL, "labels": _LABELS, "keeps": KEEPS, "few_queries": _FEW_QUERIES}
     forms = {"num": "{:.3f}", "signed": "{:+.3f}", "percent": "{:.1%}", "hundredths": "{:.2%}", "thousands": "{:,.0f}"}
     environment.filters |= {name: partial(_formed, form) for name, form in forms.items()}
+    environment.filters["of_files"] = of_files
     environment.filters["pretty"] = partial(json.dumps, indent=2, ensure_ascii=False)
     view, template = (views[0], PAGE) if len(views) == 1 else (_compared(views), "compare.html")
     page = environment.get_template(f"{template}.jinja").render(view)

@@ -176,16 +176,20 @@ def _judged(twin: SentenceTransformer, folder: Path, facts: BundleFacts, manifes
         if precision == "int8":
             assert retrieval is not None
             check = partial(measured, precision=precision, cases=cases, dims=dims)
-            found = choose_int8(folder, onnx, whole.encoder, scored["fp32"], retrieval, facts.max_ndcg_loss, check)
+            most = facts.max_ndcg_loss
+            found, written = choose_int8(folder, onnx, whole.encoder, scored["fp32"], retrieval, most, check)
             manifest["quantisation"] = found
             print(found["told"], flush=True)
-            if found["outcome"] != "passed":
+            if written is None:
                 del onnx[precision]
                 break
-        embedder = whole if precision == "fp32" else BundleEmbedder(folder, precision)
-        parts[precision] = measured(embedder.encoder, precision, cases, dims)
+            parts[precision], scored[precision] = written
+        else:
+            embedder = whole if precision == "fp32" else BundleEmbedder(folder, precision)
+            parts[precision] = measured(embedder.encoder, precision, cases, dims)
+            if retrieval:
+                scored[precision] = score(embedder, retrieval, dims, batch_tokens=BATCH_TOKENS, world=read_world({}))
         if retrieval:
-            scored[precision] = score(embedder, retrieval, dims, batch_tokens=BATCH_TOKENS, world=read_world({}))
             results = compare(retrieval, {"tuned": scored[precision]})["results"]
             manifest["metrics"] = [*manifest["metrics"], *(e for e in results if e["metric"] == MAIN_METRIC)]
     return certificate(twin, whole.encoder, parts)

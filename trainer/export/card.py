@@ -8,13 +8,14 @@ import jinja2
 
 from trainer.evaluation import MAIN_METRIC
 from trainer.export.encoder import KINDS
-from trainer.figures import rows_by_dim
+from trainer.figures import of_files, rows_by_dim
 
 
 def model_card(manifest: dict[str, Any], certificate: dict[str, Any]) -> str:
     """Markdown with the YAML header that the Hugging Face hub reads, made from the manifest alone."""
     base = manifest["base_model"]["name"]
-    evaluated = [entry for entry in manifest["metrics"] if not entry["artifact"].startswith("onnx-")]
+    judged = of_files(manifest["metrics"])
+    evaluated = [entry for entry in manifest["metrics"] if entry not in judged]
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters["json"] = json.dumps
     template = environment.from_string(Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8"))
@@ -25,6 +26,7 @@ def model_card(manifest: dict[str, Any], certificate: dict[str, Any]) -> str:
         # The hub knows owner/name; a folder or a package would be a broken link there.
         on_hub=base.count("/") == 1 and not base.startswith((".", "/", "package:")),
         metric=MAIN_METRIC,
+        judged=judged,
         evaluated=evaluated,
         rows=rows_by_dim({"results": evaluated, "comparisons": manifest["comparisons"]}),
     )

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _OPSETS = (18, 20, 21, 22, 23)
 _MOST_DOCUMENTS = 10_000  # of a set without max_documents: one CPU embeds them with every file
-_UNLIMITED = 2**31  # a tokenizer without a limit of its own says 10^30
 
 
 def main(argv: Sequence[str]) -> int:
@@ -149,11 +148,11 @@ def _publish(
 
     lengths, positions = {}, position_limit(model)
     for role in ROLES:
-        length = min(max_length_of(model, role) or _UNLIMITED, positions or _UNLIMITED)
-        if length >= _UNLIMITED:
+        known = [length for length in (max_length_of(model, role), positions) if length]
+        if not known:
             raise UserError("model.max_seq_length: neither tokenizer nor encoder names a longest input; set it")
-        lengths[role] = length
-    known = BundleFacts(
+        lengths[role] = min(known)
+    complete = BundleFacts(
         base_model=base.path,
         base_revision=base.revision,
         license=license or read_license(base),
@@ -162,7 +161,7 @@ def _publish(
         versions={**(versions or {}), **run_record.versions()},
         **facts,
     )
-    manifest = read_json(export_bundle(model, out, known) / "manifest.json")
+    manifest = read_json(export_bundle(model, out, complete) / "manifest.json")
     named = {"base model": manifest["base_model"], **{source["name"]: source for source in manifest["data"]}}
     text = ", ".join(f"{name} {facts['license']}" for name, facts in named.items())
     unclear = "; of unknown and LicenseRef- ones read the terms before you pass the bundle on"

@@ -195,9 +195,11 @@ def choose_int8(
     scored: Scored,
     retrieval: RetrievalSet,
     most: float,
-    check: Callable[[Encoder], object],
-) -> dict[str, Any]:
-    """Write `onnx_files["int8"]` if a recipe loses at most the share `most` of fp32's nDCG@10; returns what was found.
+    check: Callable[[Encoder], Any],
+) -> tuple[dict[str, Any], tuple[Any, Scored] | None]:
+    """Write `onnx_files["int8"]` if a recipe loses at most the share `most` of fp32's nDCG@10.
+
+    Returns what was found and, where the file is written, what `check` returned for it and what it reached.
 
     `whole` embeds with the fp32 file, `scored` is what that reached on `retrieval`. Queries are split in the order of
     the set. On the even ones the fastest recipe within `most` is chosen, on the odd ones its paired 95 % interval is
@@ -210,18 +212,18 @@ def choose_int8(
     odd = np.arange(len(retrieval.queries)) % 2 == 1
     full = "float32", whole.width
     found = [_entry("fp32", source, _milliseconds(folder, "fp32"), scored, ~odd)]
-    by_recipe: dict[str, np.ndarray] = {}
+    tried: dict[str, tuple[Any, Scored]] = {}
     for name, recipe in RECIPES.items():
         write_int8(source, target, ranges, **recipe)
-        quantised, why = BundleEmbedder(folder, "int8"), None
+        quantised, part, why = BundleEmbedder(folder, "int8"), None, None
         try:
-            check(quantised.encoder)
+            part = check(quantised.encoder)
         except CheckFailed as error:
             why = str(error).rpartition(";")[0]
         scores = score(quantised, retrieval, scored.dims, batch_tokens=BATCH_TOKENS, world=read_world({}))
-        by_recipe[name] = scores.by_metric[full][MAIN_METRIC]
+        tried[name] = part, scores
         entry = _entry(name, target, _milliseconds(folder, "int8"), scores, ~odd)
-        loss = _loss(scored.by_metric[full][MAIN_METRIC], by_recipe[name], ~odd)
+        loss = _loss(scored.by_metric[full][MAIN_METRIC], scores.by_metric[full][MAIN_METRIC], ~odd)
         if why is None and loss["share"] > most:
             why = f"loses {loss['share']:.2%}, allowed {most:.2%}"
         found.append(entry | {"loss": loss, "why": why})
@@ -238,19 +240,21 @@ def choose_int8(
         "outcome": "failed",
         "judged": None,
     }
+    written = None
     within = [entry for entry in found[1:] if entry["why"] is None]
     if within and odd.any():
         # By the geometric mean: a length counts as much as any other, however long its texts take.
         name = min(within, key=lambda entry: np.log([*entry["milliseconds"].values()]).mean())["recipe"]
         for entry in within:
             entry["why"] = "chosen" if entry["recipe"] == name else f"slower than {name}"
-        judged = _loss(scored.by_metric[full][MAIN_METRIC], by_recipe[name], odd)
+        judged = _loss(scored.by_metric[full][MAIN_METRIC], tried[name][1].by_metric[full][MAIN_METRIC], odd)
         low, high = judged["ci95"]
         outcome = "passed" if high <= most else "failed" if low > most else "not decidable"
         facts |= {"chosen": name, "outcome": outcome, "judged": judged}
         if outcome == "passed":
             write_int8(source, target, ranges, **RECIPES[name])
-    return facts | {"told": told(facts)}
+            written = tried[name]
+    return facts | {"told": told(facts)}, written
 
 
 def told(facts: dict[str, Any]) -> str:
