@@ -144,7 +144,7 @@ class _Signatures:
 def resolve_stage(output: Output, unit: Any, matched: str, signed: str, sizes: list[list[int]]) -> None:
     """Which rows are left out, uint8 [rows] (0 kept, 1 equal pair, 2 near-copy), and which documents belong together.
 
-    Rows go in order: one is left out for an earlier one that is kept. One task; 16 bytes an edge are held.
+    Rows go in order: one is left out for an earlier one that is kept. One task; some 100 bytes an edge are held.
     """
     files = sorted(Path(matched).glob("*.edges"))
     edges = np.concatenate([np.fromfile(file, dtype=np.int64).reshape(-1, 2) for file in files])
@@ -166,8 +166,26 @@ def resolve_stage(output: Output, unit: Any, matched: str, signed: str, sizes: l
         if not left_out[kept] and (same_pair or not same_text):
             left_out[row] = 1 if same_pair else left_out[row] or 2
     _save(output, "left_out", left_out)
-    joins = np.stack([known[_DOCUMENT, later], known[_DOCUMENT, earlier]], axis=1)
-    _save(output, "joins", np.unique(joins[joins[:, 0] != joins[:, 1]], axis=0))
+    documents = known[_DOCUMENT, later], known[_DOCUMENT, earlier]
+    _save(output, "joins", _joins(edges, *documents, Path(signed), [rows for rows, _ in sizes]))
+
+
+def _joins(edges: np.ndarray, later: np.ndarray, earlier: np.ndarray, signed: Path, rows: list[int]) -> np.ndarray:
+    """Pairs of documents, uint64 [m, 2], where more than half of the rows of one are like rows of the other.
+
+    A note that thousands of documents have does not make them one. `later` and `earlier` are the documents of `edges`.
+    """
+    both_ways = [later, earlier, edges[:, 0].astype(np.uint64)], [earlier, later, edges[:, 1].astype(np.uint64)]
+    shared = np.unique(np.concatenate([np.stack(way, axis=1)[later != earlier] for way in both_ways]), axis=0)
+    pairs, counts = np.unique(shared[:, :2], axis=0, return_counts=True)
+    documents = np.unique(pairs[:, 0])
+    sizes = np.zeros(len(documents), dtype=np.int64)
+    for part, length in enumerate(rows):
+        file = signed / f"{part:05d}.keys"
+        here = np.fromfile(file, dtype=np.uint64, count=length, offset=8 * length * _DOCUMENT)
+        places = np.searchsorted(documents, here[np.isin(here, documents)])
+        sizes += np.bincount(places, minlength=len(documents))
+    return pairs[2 * counts > sizes[np.searchsorted(documents, pairs[:, 0])]]
 
 
 def dedup_stage(output: Output, unit: list[Any], resolved: str) -> None:

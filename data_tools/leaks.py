@@ -1,7 +1,8 @@
 """Training pairs and evaluation sets kept apart: the stages `split` and `decontaminate`.
 
-A document is held out if its own draw, or that of any document with a near-copy of one of its texts, falls below the
-share. Draws depend on the document and the seed alone, so what is held out stays so when data is added.
+A document is held out if its own draw, or that of any document that it belongs to, falls below the share; documents
+belong together where more than half of the texts of one are near-copies of texts of the other. Draws depend on the
+document and the seed alone, so what is held out stays so when data is added behind.
 """
 
 from collections import Counter

@@ -21,7 +21,7 @@ from launch.errors import UserError, exit_code
 from launch.files import exclusive, new_file, read_json, remove_folder, sha256_of
 from launch.reader import read_config
 
-_VERSION = 2  # of the stages: a change of what they write changes it, so that nothing old is reused
+_VERSION = 3  # of the stages: a change of what they write changes it, so that nothing old is reused
 STAGES = ("read", "pairs", "filter", "dedup", "split", "decontaminate", "shards")
 _COLUMNS: dict[str, Any] = {
     "anchor": "text",
