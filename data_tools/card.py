@@ -53,12 +53,18 @@ def write_card(config: Pipeline, out: Path, done: Mapping[str, Done]) -> dict[st
     return card
 
 
+def share_of(card: dict[str, Any]) -> float:
+    """The share of the pairs that is held out; above `split.held_out` where documents that copy each other go too."""
+    return card["held_out"]["rows"] / max(card["train"]["rows"] + card["held_out"]["rows"], 1)
+
+
 def card_text(card: dict[str, Any]) -> str:
     """The card as Markdown."""
     lines = ["# Data card", ""]
     for side in ("train", "held_out"):
         rows, fingerprint = card[side]["rows"], card[side]["fingerprint"]
-        lines.append(f"- {side}: {rows:,} pairs" + (f", fingerprint `{fingerprint}`" if fingerprint else ""))
+        share = f", {share_of(card):.1%} of all" if side == "held_out" else ""
+        lines.append(f"- {side}: {rows:,} pairs{share}" + (f", fingerprint `{fingerprint}`" if fingerprint else ""))
     lines += ["", "## Sources", "", "| source | pairs | licence | documents read | train | held out |"]
     lines.append("|---|---|---|--:|--:|--:|")
     for s in card["sources"]:

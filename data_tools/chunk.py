@@ -12,6 +12,7 @@ from typing import Any
 from data_tools.config import CorpusSource
 from data_tools.pairs import Pair, pairs_of
 from data_tools.runner import Output
+from data_tools.split import NO_PYTHON
 from launch.errors import UserError
 from launch.preflight import resolve_model_path
 
@@ -24,6 +25,7 @@ PAIR = {
     "start": "int64",
     "end": "int64",
 }
+_AHEAD = 16  # characters a token that are tokenised to find where a chunk ends, twice as many where that is too few
 _HEADING = re.compile(r"(#{1,6}) +(.*?)[ #]*$")
 _QUESTION = re.compile(r"(?:\*\*|#+ +)?(?:Q(?:uestion)?\s*\d*\s*[:.)] *)?(.{8,300}\?)(?:\*\*)?\s*$", re.IGNORECASE)
 _ANSWER = re.compile(r"\s*(?:\*\*)?A(?:nswer)?\s*\d*\s*[:.)](?:\*\*)? *", re.IGNORECASE)
@@ -50,7 +52,10 @@ class Chunker:
     def __init__(self, file: Path, most: int):
         from tokenizers import Tokenizer
 
-        self._tokenizer = Tokenizer.from_file(str(file))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"chunk.tokenizer: {file}: cannot be read as tokenizer.json: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._most = most - self._tokenizer.num_special_tokens_to_add(False)
@@ -62,11 +67,14 @@ class Chunker:
         open_spans, done = [s for s in (_stripped(text, span),) if s], list[Span]()
         while open_spans:
             start, end = open_spans.pop()
-            tokens = self._offsets(text[start:end])
-            if len(tokens) <= self._most:
+            ahead, tokens = start, list[Span]()
+            while len(tokens) <= self._most and ahead < end:  # all of the text for each chunk would be quadratic
+                ahead = min(end, start + max(_AHEAD * self._most, 2 * (ahead - start)))
+                tokens = self._offsets(text[start:ahead])
+            if len(tokens) <= self._most or end - start == 1:
                 done.append((start, end))
                 continue
-            cut = start + self._place(text[start:end], tokens)
+            cut = start + self._place(text[start:ahead], tokens)
             # What follows is looked at after the first part: a stack in reverse order.
             open_spans += [s for s in (_stripped(text, (cut, end)), _stripped(text, (start, cut))) if s]
         return done
@@ -151,7 +159,7 @@ def _made(row: dict[str, Any], kind: str, drop: Callable[[str], None]) -> Iterat
     elif kind == "docstring-function":
         try:
             pairs = list(pairs_of(text))
-        except (SyntaxError, ValueError, RecursionError):
+        except NO_PYTHON:
             return drop("file does not parse")
         for pair in pairs:
             if isinstance(pair, Pair):

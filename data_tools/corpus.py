@@ -217,7 +217,8 @@ def _tolerant_lines(path: Path, most: int, reject: Reject) -> Iterator[tuple[int
                     line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode(errors="surrogateescape"),
                 )
         except (EOFError, zlib.error, OSError) as error:
-            reject(f"{path}:{number}", f"packed file is damaged after this line: {error}")
+            # How many rows are missing nobody knows, so it is no share of rejected ones.
+            raise UserError(f"{path}: packed file is damaged after line {number:,}: {error}; copy it again") from None
 
 
 def _kind_of_page(path: Path) -> str:

@@ -181,10 +181,8 @@ def _joins(edges: np.ndarray, later: np.ndarray, earlier: np.ndarray, signed: Pa
     documents = np.unique(pairs[:, 0])
     sizes = np.zeros(len(documents), dtype=np.int64)
     for part, length in enumerate(rows):
-        file = signed / f"{part:05d}.keys"
-        here = np.fromfile(file, dtype=np.uint64, count=length, offset=8 * length * _DOCUMENT)
-        places = np.searchsorted(documents, here[np.isin(here, documents)])
-        sizes += np.bincount(places, minlength=len(documents))
+        here = np.fromfile(signed / f"{part:05d}.keys", np.uint64, count=length, offset=8 * length * _DOCUMENT)
+        sizes += np.bincount(np.searchsorted(documents, here[np.isin(here, documents)]), minlength=len(documents))
     return pairs[2 * counts > sizes[np.searchsorted(documents, pairs[:, 0])]]
 
 

@@ -98,8 +98,8 @@ class Evaluation:
         return None
 
 
-@lru_cache(maxsize=1)  # the tasks of one process ask for the same
-def _evaluation(parts: tuple[str, ...], sided: tuple[str, ...], ngram: int, near: float) -> Evaluation:
+@lru_cache(maxsize=1)  # the tasks of one process ask for the same; its paths may hold other texts in the next run
+def read_evaluation(parts: tuple[str, ...], sided: tuple[str, ...], ngram: int, near: float) -> Evaluation:
     import pyarrow.parquet as pq
 
     texts: dict[str, str] = {}  # text -> place: one anchor may stand in many rows
@@ -125,7 +125,7 @@ def decontaminate_stage(
     """
     import pyarrow.parquet as pq
 
-    against = _evaluation(tuple(evaluation), tuple(sided), ngram, near)
+    against = read_evaluation(tuple(evaluation), tuple(sided), ngram, near)
     leaks: list[dict[str, str]] = []
     kinds = Counter[str]()
 

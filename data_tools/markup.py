@@ -78,6 +78,9 @@ def rst_to_text(rst: str) -> str:
     return "\n".join(out)
 
 
+_LAYOUT = ("TH", "Dd", "Dt", "Os", "RS", "RE", "PD", "Bl", "El", "Bd", "Ed", "Sm")  # requests without words of the page
+
+
 def man_to_text(roff: str) -> tuple[str, str]:
     """(title, text) of a manual page in man or mdoc: its line under NAME, and its sections with headings."""
     out = list[str]()
@@ -86,9 +89,12 @@ def man_to_text(roff: str) -> tuple[str, str]:
         name, words = (request[1] or "", (request[2] or "").replace('"', "")) if request else ("", line)
         if name in ("SH", "Sh", "SS", "Ss"):
             out += ["", ("# " if name[1] in "Hh" else "## ") + _signs(words), ""]
-        elif name in ("TP", "PP", "P", "LP", "IP", "HP", "Pp", "It"):
-            out += ["", _signs(words)]
-        elif not request or (name[:1].isupper() and name not in ("TH", "Dd", "Dt", "Os")):
+        elif request and name in ("TP", "PP", "P", "LP", "HP", "Pp"):
+            out.append("")  # what may follow is a width
+        elif request and name in ("IP", "It"):
+            mark = re.match(r'"([^"]*)"|\S*', request[2] or "")  # a width follows it
+            out += ["", _signs(words if name == "It" or not mark else mark[1] or mark[0].strip('"'))]
+        elif not request or (name[:1].isupper() and name not in _LAYOUT):
             out.append(_signs(words))  # requests in small letters set type
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(out)).strip()
     named = re.match(r"# NAME\s+(.+(?:\n.+)*)", text, re.IGNORECASE)

@@ -233,7 +233,7 @@ def fetch_source(url: str, cache_dir: Path, hash_file: Callable[[Path], str]) ->
 
     Safe to call from many processes of a node: one fetches, the others wait. `hash_file` gives a file's SHA-256.
     """
-    if url.endswith(SUFFIXES):
+    if url.endswith((*SUFFIXES, ".jsonl.zst")):
         return _fetch_file(url, cache_dir, hash_file)
     content = read_object(url, MANIFEST)
     if content is None:

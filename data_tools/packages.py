@@ -87,5 +87,6 @@ def python_files(root: Path) -> list[Path]:
         for path in root.rglob("*.py")
         if not any(map(_SKIPPED_FOLDERS.fullmatch, path.relative_to(root).parts[:-1]))
         and not path.name.startswith(("test_", "conftest"))
+        and path.is_file()  # no folder, and no link to what is not there
         and path.stat().st_size
     )

@@ -74,7 +74,7 @@ def _cut(text: str) -> str:
 def pairs_of(source: str) -> Iterator[Pair | str]:
     """A pair, or the reason for none, for every function of a Python source.
 
-    Raises SyntaxError, ValueError or RecursionError if the source does not parse.
+    Raises one of NO_PYTHON (data_tools/split.py) if the source does not parse.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old escapes such as "\d" in other people's strings

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import chunk, corpus, dedup, leaks, quality
-from data_tools.card import write_card
+from data_tools.card import share_of, write_card
 from data_tools.config import Pipeline
 from data_tools.runner import Done, Output, key_of, run_stage
 from data_tools.shards import ShardWriter, read_manifest
@@ -61,7 +61,10 @@ def run(config: Pipeline, last: str = "shards") -> dict[str, Any] | None:
     out = Path(config.out)
     if out.is_dir() and any(out.iterdir()) and not (out / "stages").is_dir():
         raise UserError(f"out: {out} holds other files, allowed: a new folder, or one that `nestling data run` made")
-    (out / "stages").mkdir(parents=True, exist_ok=True)
+    try:
+        (out / "stages").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: {error.filename}: cannot be made: {error.strerror}; choose another folder") from None
     with exclusive(out / "stages" / "lock"):
         return _run(_Run(config, out), STAGES.index(last))
 
@@ -112,7 +115,7 @@ def _filter(run: _Run) -> None:
 
 def _dedup(run: _Run) -> None:
     parts, near = run.done["filter"].parts, run.config.dedup.near
-    signed = run.stage("sign", dedup.sign_stage, [part for part, _ in parts], (near,), near)
+    signed = run.stage("sign", dedup.sign_stage, _parts(run, "filter"), (near,), near)
     sizes = [[task["facts"]["rows"], task["facts"]["keys"]] for task in signed.tasks]
     folder = str(signed.folder)
     units = dedup.match_units(sum(rows for rows, _ in sizes), sizes[0][1])
@@ -137,6 +140,7 @@ def _decontaminate(run: _Run) -> None:
         _read(run, "evaluation", settings.against)
         evaluation = _parts(run, "evaluation")
     parts = _parts(run, "split")
+    leaks.read_evaluation.cache_clear()
     arguments = (evaluation, parts, settings.ngram, settings.near)
     done = run.stage("decontaminate", leaks.decontaminate_stage, parts, arguments, settings.ngram, settings.near)
     _join(done, "leaks.jsonl", run.out / "leaks.jsonl")
@@ -218,8 +222,9 @@ def main(argv: Sequence[str]) -> int:
     config = read_config(args.config, args.overrides, Pipeline, "out and sources")
     card = run(config, "shards" if verb == "run" else verb)
     if card:
-        for name in ("train", "held_out"):
-            print(f"{Path(config.out) / name}: {card[name]['rows']:,} pairs")
+        share = f"{share_of(card):.1%} of all (split.held_out: {config.split.held_out})"
+        print(f"{Path(config.out) / 'train'}: {card['train']['rows']:,} pairs")
+        print(f"{Path(config.out) / 'held_out'}: {card['held_out']['rows']:,} pairs, {share}")
         print(f"{Path(config.out) / 'card.md'}: counts, reasons, licences; {card['leaks']:,} leaks in leaks.jsonl")
     return 0
 

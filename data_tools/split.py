@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+NO_PYTHON = SyntaxError, ValueError, RecursionError, MemoryError  # the last where brackets are nested too deep
 _RUN = 5  # words of a run
 
 
@@ -24,7 +25,7 @@ def compared(text: str) -> str:
     """Text as copies are looked for, words apart: normalised, and a Python function as its tokens without its name,
     comments, layout, docstrings and annotations."""
     if text.startswith(("def ", "async def ")):
-        with contextlib.suppress(SyntaxError, ValueError, RecursionError), warnings.catch_warnings():
+        with contextlib.suppress(*NO_PYTHON), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes such as "\d" in other people's strings
             tree = ast.parse(text)
             for node in ast.walk(tree):

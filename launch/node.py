@@ -38,42 +38,17 @@ USAGE = (
 WAIT = 1800.0  # seconds for all nodes to come: a cluster may have to make machines
 # Variables of platforms by what they say; the first platform whose rank is there counts, NESTLING_* before all.
 PLATFORMS: dict[str, dict[str, str]] = {
-    "Kubeflow": {
-        "rank": "PET_NODE_RANK",
-        "nodes": "PET_NNODES",
-        "gpus": "PET_NPROC_PER_NODE",
-        "head": "PET_MASTER_ADDR",
-        "port": "PET_MASTER_PORT",
-    },
-    "Kubernetes": {"rank": "JOB_COMPLETION_INDEX"},
-    "SkyPilot": {
-        "rank": "SKYPILOT_NODE_RANK",
-        "nodes": "SKYPILOT_NUM_NODES",
-        "gpus": "SKYPILOT_NUM_GPUS_PER_NODE",
-        "head": "SKYPILOT_NODE_IPS",
-        "job": "SKYPILOT_TASK_ID",
-    },
-    "Slurm": {
-        "rank": "SLURM_NODEID",
-        "nodes": "SLURM_STEP_NUM_NODES",
-        "gpus": "SLURM_GPUS_ON_NODE",
-        "job": "SLURM_JOB_ID",
-        "attempt": "SLURM_RESTART_COUNT",
-    },
-    "AWS Batch": {
-        "rank": "AWS_BATCH_JOB_NODE_INDEX",
-        "nodes": "AWS_BATCH_JOB_NUM_NODES",
-        "job": "AWS_BATCH_JOB_ID",
-        "head": "AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS",  # which node 0 is not told
-        "attempt": "AWS_BATCH_JOB_ATTEMPT",
-    },
-    "RunPod": {
-        "rank": "NODE_RANK",
-        "nodes": "NUM_NODES",
-        "gpus": "NUM_TRAINERS",
-        "head": "MASTER_ADDR",
-        "port": "MASTER_PORT",
-    },
+    "Kubeflow": dict(rank="PET_NODE_RANK", nodes="PET_NNODES", gpus="PET_NPROC_PER_NODE")
+    | dict(head="PET_MASTER_ADDR", port="PET_MASTER_PORT"),
+    "Kubernetes": dict(rank="JOB_COMPLETION_INDEX"),
+    "SkyPilot": dict(rank="SKYPILOT_NODE_RANK", nodes="SKYPILOT_NUM_NODES", gpus="SKYPILOT_NUM_GPUS_PER_NODE")
+    | dict(head="SKYPILOT_NODE_IPS", job="SKYPILOT_TASK_ID"),
+    "Slurm": dict(rank="SLURM_NODEID", nodes="SLURM_STEP_NUM_NODES", gpus="SLURM_GPUS_ON_NODE")
+    | dict(job="SLURM_JOB_ID", attempt="SLURM_RESTART_COUNT"),
+    "AWS Batch": dict(rank="AWS_BATCH_JOB_NODE_INDEX", nodes="AWS_BATCH_JOB_NUM_NODES", job="AWS_BATCH_JOB_ID")
+    # Node 0 is not told its own address.
+    | dict(head="AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS", attempt="AWS_BATCH_JOB_ATTEMPT"),
+    "RunPod": dict(rank="NODE_RANK", nodes="NUM_NODES", gpus="NUM_TRAINERS", head="MASTER_ADDR", port="MASTER_PORT"),
 }
 _SAME_VERSIONS = ("torch", "transformers", "sentence-transformers", "accelerate", "deepspeed")
 _EDGE = 1 << 20  # bytes at either end of a data file that its fingerprint reads

@@ -184,7 +184,8 @@ def read_table(path: Path, lines: Iterator[tuple[int, str]], choose: Choose, str
                         f"{path}:{at}: broken CSV: {error}; a text with quotes, separators or line "
                         'breaks must stand in quotes, with "" for a quote in it'
                     ) from None
-                yield start, f"broken CSV: {error}"
+                for number in range(start, at + 1):  # a quote that nobody closes takes all lines behind it along
+                    yield number, f"broken CSV: {error}"
                 continue
             if header is None:
                 header = fields

@@ -89,10 +89,12 @@ def test_manual_pages_and_package_descriptions(tmp_path: Path) -> None:
     page = (
         '.\\" a comment\n.TH LS 1 "May 2020"\n.SH NAME\nls \\- list files\n.SH "EXIT STATUS"\n.nf\n.TP\n.BR 0 ,\n'
         "if \\fIall\\fP is \\(lqwell\\(rq\n.SS Trouble\n.B 2\n"
+        '.RS 2m\n.TP 2m\n--async\n.PD 0\n.IP "a mark" 4\nits text\n.IP \\(bu 2\nlast\n.RE\n'
     )
     assert man_to_text(page) == (
         "ls - list files",
-        '# NAME\n\nls - list files\n\n# EXIT STATUS\n\n0 ,\nif all is "well"\n\n## Trouble\n\n2',
+        '# NAME\n\nls - list files\n\n# EXIT STATUS\n\n0 ,\nif all is "well"\n\n## Trouble\n\n2\n\n'
+        "--async\n\na mark\nits text\n\n-\nlast",
     )
     mdoc = ".Dd May 1\n.Dt CAT 1\n.Sh NAME\n.Nm cat\n.Nd join files\n.Sh DESCRIPTION\n.Pp\nText.\n"
     assert man_to_text(mdoc) == ("cat join files", "# NAME\n\ncat\njoin files\n\n# DESCRIPTION\n\nText.")

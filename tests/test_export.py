@@ -332,11 +332,14 @@ def test_fingerprint_follows_weights_pooling_prompts_and_lengths(minilm_folder: 
     model.max_seq_length = 32
     others.append(fingerprint(model))
     model.max_seq_length = 64
+    model.tokenizer.truncation_side = "left"
+    others.append(fingerprint(model))
+    model.tokenizer.truncation_side = "right"
     assert fingerprint(model) == first
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1e-6
     others.append(fingerprint(model))
-    assert len({first, *others}) == 6
+    assert len({first, *others}) == 7
     assert isinstance(model[2], Normalize)
 
 

@@ -153,10 +153,40 @@ def test_random_draw_and_consistency(shards: Path, model: Path, tmp_path: Path) 
         assert (scores > scores[everything.index(row["positive"])] + 1e-5).sum() < 5
 
 
+def test_spellings_of_the_known_do_not_use_the_window_up(model: Path, tmp_path: Path) -> None:
+    """40 spellings of a question with a positive each, two spellings of that: others are negatives all the same."""
+    question = "how long does a market of the court stay?"
+    spelled = [question[:i].upper() + question[i:] for i in range(40)]
+    rows = [
+        (text, f"contract tax {i // 2}".upper() if i % 2 else f"contract tax {i // 2}")
+        for i, text in enumerate(spelled)
+    ]
+    rows += [(f"heart {i}", f"list of revenue {i}") for i in range(60)]
+    columns: Any = {"anchor": "text", "positive": "text"}
+    with ShardWriter(tmp_path / "in", columns, source="test", license=None, made_by="test") as writer:
+        for anchor, positive in rows:
+            writer.write({"anchor": anchor, "positive": positive})
+    options = ["--negatives", "2", "--window", "0", "3", "--relative-margin", "0"]
+    assert exit_code(mine.main, command(tmp_path / "in", model, tmp_path / "out", *options)) == 0
+    for row in rows_of(tmp_path / "out/train"):
+        assert row["negative_2"] is not None
+        if row["anchor"] in spelled:
+            assert row["negative_1"].startswith("list") and row["negative_2"].startswith("list")
+
+
 def test_mistakes_and_damage(shards: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(mine.main, command(shards, model, tmp_path / "o", "--window", "0", "2")) == 2
     assert "--window: got 0 2 for 4 negatives" in capsys.readouterr().err
     assert exit_code(mine.main, command(shards, model, shards)) == 2
+    (tmp_path / "file").touch()
+    for words, says in (
+        (["--seed", "-1"], "--seed: got -1"),
+        (["--cache-dir", str(tmp_path / "file")], "cannot be made"),
+    ):
+        capsys.readouterr()
+        assert exit_code(mine.main, command(shards, model, tmp_path / "o", *words)) == 2
+        assert says in capsys.readouterr().err
+    assert exit_code(mine.main, command(shards, model, tmp_path / "file/o")) == 2
     assert exit_code(look.main, ["verify", str(shards)]) == 0
     assert exit_code(look.main, ["stats", str(shards)]) == 0
     assert exit_code(look.main, ["show", str(shards), "--rows", "1"]) == 0

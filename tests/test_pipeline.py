@@ -21,6 +21,7 @@ from data_tools import dedup, leaks, pipeline
 from data_tools.chunk import Chunker, blocks, questions, sections, tokenizer_file
 from data_tools.config import Pipeline
 from data_tools.markup import html_to_text, rst_to_text
+from data_tools.packages import python_files
 from data_tools.quality import _Languages, boilerplate
 from data_tools.runner import Output
 from launch.errors import UserError
@@ -197,6 +198,14 @@ def test_bad_rows_are_listed_and_too_many_stop_the_stage(tmp_path: Path) -> None
         101: "empty or no text",
     }
     assert card and card["train"]["rows"] == 97 and not (tmp_path / "out/held_out").exists()
+    (tmp_path / "cut.jsonl.gz").write_bytes((tmp_path / "a.jsonl.gz").read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"cut.jsonl.gz: packed file is damaged after line \d+"):
+        pipeline.run(settings(tmp_path, {"path": str(tmp_path / "cut.jsonl.gz")}, out=str(tmp_path / "cut")))
+    rows = ["anchor,positive", *(f"question {i},answer {i}" for i in range(50))]
+    rows[11] = '"question 10,answer 10'  # a quote that nobody closes
+    (tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
+    with pytest.raises(UserError, match=r"40 of 50 rows are rejected"):
+        pipeline.run(settings(tmp_path, {"path": str(tmp_path / "a.csv")}, out=str(tmp_path / "csv")))
     with pytest.raises(UserError, match=r"4 of 101 rows are rejected, allowed: 2\.00%"):
         pipeline.run(settings(tmp_path, source, read={**limits, "max_rejected": 0.02}))
 
@@ -281,6 +290,33 @@ def test_chunks_fit_and_cut_between_blocks() -> None:
     assert [text[a:b].strip() for a, b in blocks(text)][-1] == "```\na = 1\n\nb = 2\n```"
 
 
+def test_a_long_text_is_tokenised_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunker, rng, characters = Chunker(tokenizer_file(MODEL), 32), random.Random(2), 0
+    text = " ".join(text_of(rng, 9) + "." for _ in range(300))
+    whole = Chunker._offsets
+
+    def counted(self: Chunker, part: str) -> Any:
+        nonlocal characters
+        characters += len(part)
+        return whole(self, part)
+
+    monkeypatch.setattr(Chunker, "_offsets", counted)
+    spans = chunker.cut(text, (0, len(text)))
+    assert characters < 10 * len(text) and len(spans) > 150
+    monkeypatch.setattr("data_tools.chunk._AHEAD", 10**6)
+    assert spans == chunker.cut(text, (0, len(text)))
+
+
+def test_a_character_of_more_tokens_than_a_chunk_has_stands_alone(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    names = {sign: number for number, sign in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    bytes_alone = Tokenizer(models.BPE(names, []))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    bytes_alone.save(str(tmp_path / "tokenizer.json"))
+    assert Chunker(tmp_path / "tokenizer.json", 2).cut("ab漢字", (0, 4)) == [(0, 2), (2, 3), (3, 4)]
+
+
 def test_structure_of_documents() -> None:
     text = "intro\n# A\none\n## B\ntwo\n```\n# no heading\n```\n# C\nthree\n"
     assert [(names, text[a:b].strip()) for names, (a, b) in sections(text)] == [
@@ -310,6 +346,25 @@ def test_quality() -> None:
     assert languages.other("The engine warms up slowly in winter, so please wait for a few minutes.") is None
     with pytest.raises(UserError, match="got 'xx'"):
         _Languages(["xx"])
+
+
+def test_what_cannot_be_opened_is_one_line_each(tmp_path: Path) -> None:
+    row = {"anchor": "how deep is it?", "positive": "def f():\n return " + "-" * 4000 + "x"}
+    plain = {"boilerplate": False}
+    source = {"path": str(write_lines(tmp_path / "a.jsonl", [row, {"anchor": "what is it?", "positive": "a thing"}]))}
+    card = pipeline.run(settings(tmp_path, source, split={"held_out": 0}, filter={"min_chars": 1, **plain}))
+    assert card and card["train"]["rows"] == 2  # Python that its own parser gives up is compared as text
+    with pytest.raises(UserError, match="filter: no row is left: positive shorter than 9000 characters 2"):
+        pipeline.run(settings(tmp_path, source, filter={"min_chars": 9000, **plain}))
+    (tmp_path / "file").write_text("no folder, no tokenizer")
+    with pytest.raises(UserError, match=r"out: .*file.* cannot be made"):
+        pipeline.run(settings(tmp_path, source, out=str(tmp_path / "file/out")))
+    with pytest.raises(UserError, match=r"chunk.tokenizer: .* cannot be read as tokenizer.json"):
+        Chunker(tmp_path / "file", 32)
+    (tmp_path / "code/folder.py").mkdir(parents=True)
+    (tmp_path / "code/.#open.py").symlink_to("nobody@nowhere")
+    (tmp_path / "code/a.py").write_text("x = 1\n")
+    assert python_files(tmp_path / "code") == [tmp_path / "code/a.py"]
 
 
 def test_config_errors_are_one_line_each(tmp_path: Path) -> None:

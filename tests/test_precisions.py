@@ -346,6 +346,14 @@ def test_the_manifest_says_what_memory_each_file_takes(half: tuple[SentenceTrans
     assert told["memory_mib"]["fp32"] == pytest.approx(peak, rel=0.15)
 
 
+def test_a_relative_folder_is_the_one_of_the_user(
+    half: tuple[SentenceTransformer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export_bundle(half[0], Path("bundle"), FACTS)
+    assert verify(tmp_path / "bundle") == []
+
+
 def test_what_is_told() -> None:
     facts = {"chosen": "row", "metric": "ndcg@10", "most": 0.005, "queries": {"judged on": 500}, "tried": []}
     judged = {"share": 0.001, "ci95": [-0.006, 0.008]}

@@ -489,6 +489,27 @@ def test_malformed_certificates_give_a_line(bundle: Path, golden: Any):
     assert verify(bundle) == ["parity.json: golden embeddings are missing or malformed"]
 
 
+PANICS = {
+    "normalizer": {"type": "Precompiled", "precompiled_charsmap": "////fw=="},
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "B", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {},
+    },
+}
+
+
+@pytest.mark.parametrize("part", PANICS)
+def test_tokenizers_that_make_their_library_panic_give_a_line(bundle: Path, part: str):
+    settings = json.loads((bundle / "tokenizer.json").read_text()) | {part: PANICS[part]}
+    (bundle / "tokenizer.json").write_text(json.dumps(settings))
+    reseal(bundle)
+    done = run(bundle)
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    assert re.match("FAILED +(tokenizer.json: cannot be read|golden embeddings: fp32 cannot be computed)", done.stdout)
+
+
 @pytest.mark.parametrize("content", ["", "{}", '{"model": 3}', "x" * 100, "[" * 10**5, '{"added_tokens": "\\ud800"}'])
 def test_malformed_tokenizers_give_a_line(bundle: Path, content: str):
     (bundle / "tokenizer.json").write_text(content)

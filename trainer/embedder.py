@@ -150,7 +150,7 @@ def open_embedder(name: str, device: str, precision: str | None = None) -> Embed
 
 
 def fingerprint(model: "SentenceTransformer") -> str:
-    """sha256 over weights, tokenizer, modules, prompts and maximal lengths: whatever decides a vector.
+    """sha256 over weights, tokenizer, truncation side, modules, prompts and maximal lengths: whatever decides a vector.
 
     Weights count by name, shape and bytes in fp32, so saving a model again does not change it.
     """
@@ -164,7 +164,10 @@ def fingerprint(model: "SentenceTransformer") -> str:
     settings = {**json.loads(backend.to_str()), "truncation": None, "padding": None} if backend else repr(tokenizer)
     digest.update(json.dumps(settings).encode())
     facts = {role: (prompt_of(model, role), max_length_of(model, role)) for role in ROLES}
-    digest.update(json.dumps([facts, [_module(module) for module in model]], sort_keys=True, default=str).encode())
+    side = getattr(tokenizer, "truncation_side", None)
+    digest.update(
+        json.dumps([facts, side, [_module(module) for module in model]], sort_keys=True, default=str).encode()
+    )
     return digest.hexdigest()
 
 

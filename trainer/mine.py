@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,19 @@ def main(argv: Sequence[str]) -> int:
         )
     if asked.out.exists():
         raise UserError(f"--out: {asked.out} exists, allowed: a new folder")
+    if not 0 <= asked.seed < 2**64:
+        raise UserError(f"--seed: got {asked.seed}, allowed: 0 to 2^64 - 1")
     manifest = verify_shards(asked.shards)
     from trainer.embedder import open_embedder
     from trainer.model import quiet_libraries
 
+    try:  # now, not when all is embedded
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        asked.cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: cannot be made: {error.strerror}; give another --out or --cache-dir"
+        ) from None
     quiet_libraries()
     if missing := {"anchor", "positive"} - set(manifest.columns):
         raise UserError(f"{asked.shards}: has no column {sorted(missing)[0]}, allowed: shards with anchor and positive")
@@ -71,15 +80,16 @@ def main(argv: Sequence[str]) -> int:
         embedder = open_embedder(asked.model, bulk.device_of(world))
         facts, folders = read_json(work / "facts.json"), {}
         for side, role in (("anchors", "query"), ("documents", "document")):
-            folders[side] = asked.cache_dir / "vectors" / key_of(embedder.fingerprint, role, facts[side])[:32]
+            folders[side] = (
+                asked.cache_dir / "vectors" / key_of(embedder.fingerprint, embedder.artifact, role, facts[side])[:32]
+            )
             text = ["--role", role, "--batch-tokens", str(asked.batch_tokens), "--out", str(folders[side])]
             bulk.main([asked.model, str(work / f"{side}.jsonl"), *text], embedder)
             bulk.wait_for((folders[side] / "manifest.json").is_file, world, f"the vectors of {side} are missing")
         vectors = {side: np.load(folder / "vectors.npy", mmap_mode="c") for side, folder in folders.items()}
         rows = np.load(work / "rows.npz")
-        most = int(np.unique(rows["anchor"], return_counts=True)[1].max())
-        depth = min(max(last, asked.consistent or 0) + most + 1, len(vectors["documents"]))
-        found = work / f"found-{key_of(embedder.fingerprint, depth)[:32]}"
+        depth = min(max(last, asked.consistent or 0) + _most_excluded(rows), len(vectors["documents"]))
+        found = work / f"found-{key_of(embedder.fingerprint, embedder.artifact, depth)[:32]}"
         found.mkdir(exist_ok=True)
         _search(vectors["anchors"], vectors["documents"], depth, found, world)
         if world.rank:
@@ -126,6 +136,14 @@ def _collect(shards: Path, manifest: Manifest, work: Path) -> None:
             facts[side] = digest.hexdigest()
         np.savez(folder / "rows.npz", **arrays)
         write_json(folder / "facts.json", facts)
+
+
+def _most_excluded(rows: Mapping[str, np.ndarray]) -> int:
+    """The most documents that are no negatives of an anchor: all spellings of its positives and of itself."""
+    _, text, spellings = np.unique(rows["document_id"], return_inverse=True, return_counts=True)
+    known = np.unique([rows["anchor_id"][rows["anchor"]], text[rows["document"]].astype(np.uint64)], axis=1)
+    _, anchor = np.unique(known[0], return_inverse=True)
+    return int(np.bincount(anchor, spellings[known[1].astype(np.int64)]).max() + spellings.max())
 
 
 def _search(anchors: np.ndarray, documents: np.ndarray, depth: int, found: Path, world: World) -> None:

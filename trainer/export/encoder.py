@@ -65,7 +65,9 @@ class Encoder:
                 tokenizer.no_padding()
                 tokenizer.enable_truncation(max_length=length, direction=manifest["tokenizer"]["truncation_side"])
                 self._tokenizers[length] = tokenizer
-        except Exception as error:  # tokenizers raises bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers raises bare Exception, and a panic of its Rust is not even one
             raise CheckFailed(f"{TOKENIZER}: cannot be read: {first_line(error)}") from None
 
     def tokenize(self, texts: Sequence[str], kind: str = "document") -> list[tuple[np.ndarray, np.ndarray]]:

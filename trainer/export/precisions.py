@@ -53,7 +53,7 @@ def memory_mib(folder: Path, precision: str) -> int | None:
     file, Python and onnxruntime included; None where the system does not tell (only Linux does)."""
     if sys.platform != "linux":
         return None
-    command = [sys.executable, "-c", _NEED, str(folder), precision]
+    command = [sys.executable, "-c", _NEED, str(folder.absolute()), precision]
     told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     return -(-int(told.stdout) // 1024)
 

@@ -29,7 +29,10 @@ def publish(bundle: Path, target: str) -> bool:
     cannot be written. Nothing guards against two different bundles that are sent to one address at the same time.
     """
     require_whole(bundle)
-    parts = urlsplit(target)
+    try:
+        parts = urlsplit(target)
+    except ValueError as error:
+        raise UserError(f"TARGET: {target}: {error}; allowed: a folder or an address") from None
     if parts.scheme in ("", "file"):
         return _to_folder(bundle, Path(unquote(parts.path) if parts.scheme else target))
     if {"@", "?"} & set(target):
@@ -49,6 +52,8 @@ def require_whole(bundle: Path) -> dict[str, Any]:
 
 
 def _to_folder(bundle: Path, target: Path) -> bool:
+    if target.resolve().is_relative_to(bundle.resolve()):
+        raise UserError(f"{target}: lies in the bundle itself, which would change it; choose a folder elsewhere")
     if os.path.lexists(target):
         found = target / MANIFEST
         if not _is_there(bundle, found.read_bytes() if found.is_file() else None, str(target)):

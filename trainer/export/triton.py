@@ -28,7 +28,7 @@ def write_triton(bundle: Path, out: Path) -> None:
     """
     manifest = require_whole(bundle)
     try:
-        with new_folder(out) as partial:
+        with new_folder(out.absolute()) as partial:
             for precision, file in manifest["onnx"].items():
                 _write_model(
                     partial / f"{out.absolute().name}_{precision}", bundle / file, manifest["model_fingerprint"]

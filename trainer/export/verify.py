@@ -86,7 +86,7 @@ def inspect_bundle(folder: str | Path) -> Report:
     except (CheckFailed, UserError) as error:
         report.problems.append(str(error))
     except OSError as error:
-        report.problems.append(f"{error.filename or folder}: cannot be read: {error.strerror}")
+        report.problems.append(f"{ascii(error.filename or folder)[1:-1]}: cannot be read: {error.strerror}")
     report.seconds = time.monotonic() - started
     return report
 
@@ -155,6 +155,8 @@ def _strings(data: mmap.mmap) -> Iterator[tuple[str, str]]:
         texts: dict[str, str] = {}
         while position < end:
             tag, position = _varint(data, position)
+            if tag >> 32:  # protobuf drops the upper bits of such a number, and reads another field than we would
+                raise ValueError(f"number of a field beyond 32 bits at byte {position}")
             wire = tag & 7
             if wire == 2:
                 size, position = _varint(data, position)
@@ -213,7 +215,9 @@ def _check_golden(root: Path, manifest: dict[str, Any], report: Report) -> None:
                             f"golden embeddings: {precision}, {kind} texts at dim {dim} differ by {difference:.1e}, "
                             f"allowed {bound:.0e}"
                         )
-        except Exception as error:  # onnxruntime has an exception class of its own per error code
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # onnxruntime has a class per error code, a panic of tokenizers is no Exception
             report.problems.append(f"golden embeddings: {precision} cannot be computed: {first_line(error)}")
 
 
