@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tests import tiny_models
 from tests.bundles import FACTS, tiny_model
 from trainer.export.bundle import export_bundle
 from trainer.export.encoder import Encoder
@@ -51,10 +52,7 @@ def byte_level(eos: str | None, pad: str, side: str) -> PreTrainedTokenizerFast:
 def unigram() -> PreTrainedTokenizerFast:
     """SentencePiece's unigram model with XLM-R's special tokens, numbers and template."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=80, special_tokens=special, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(["time year people way day man woman life world school, and more"] * 9, trainer)
+    tokenizer = tiny_models.unigram(special, ["time year people way day man woman life world school, and more"], 3)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )

@@ -93,12 +93,7 @@ def modernbert(folder: Path) -> Path:
 def bge_m3(folder: Path) -> Path:
     """bge-m3: XLM-RoBERTa (padding id 1, positions from 2, no token types), <s> pooling, normalised."""
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    core = Tokenizer(models.Unigram())
-    core.normalizer = normalizers.NFKC()
-    core.pre_tokenizer = pre_tokenizers.Metaspace()
-    core.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=400, special_tokens=special, unk_token="<unk>", show_progress=False)
-    core.train_from_iterator(SENTENCES, trainer)
+    core = unigram(special, SENTENCES, special.index("<unk>"))
     core.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     names = ["bos_token", "pad_token", "eos_token", "unk_token", "mask_token"]
     tokenizer = _fast(core, cls_token="<s>", sep_token="</s>", **dict(zip(names, special, strict=True)))
@@ -164,16 +159,32 @@ def _bert(folder: Path, pooling: str) -> Path:
     return _write(folder, _seeded(BertModel, config), tokenizer, pooling)
 
 
+def unigram(special: list[str], sentences: list[str], unknown: int) -> Tokenizer:
+    """A sentencepiece model of these sentences' letters and of every second word."""
+    normalizer, splitter = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    letters, words = _pieces(sentences, normalizer, splitter)
+    pieces = [(piece, 0.0) for piece in special] + [(letter, -9.0) for letter in letters]
+    pieces += [(word, -5.0) for word in words if len(word) > 1]
+    core = Tokenizer(models.Unigram(pieces, unknown))
+    core.normalizer, core.pre_tokenizer, core.decoder = normalizer, splitter, decoders.Metaspace()
+    return core
+
+
+def _pieces(sentences: list[str], normalizer: Any, splitter: Any) -> tuple[list[str], list[str]]:
+    """Letters and every second word, in order: what the library's trainers find differs from process to process."""
+    found = [splitter.pre_tokenize_str(normalizer.normalize_str(sentence)) for sentence in sentences]
+    words = sorted({word for sentence in found for word, _ in sentence})
+    return sorted(set("".join(words))), words[::2]
+
+
 def _wordpiece() -> Any:
     """Lower-casing WordPiece with BERT's special tokens and token types."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    core.normalizer = normalizers.BertNormalizer(lowercase=True)
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    core.decoder = decoders.WordPiece()
-    core.train_from_iterator(
-        SENTENCES, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-    )
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    letters, words = _pieces(SENTENCES, normalizer, splitter)
+    pieces = [*special, *letters, *(f"##{letter}" for letter in letters), *(word for word in words if len(word) > 1)]
+    core = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    core.normalizer, core.pre_tokenizer, core.decoder = normalizer, splitter, decoders.WordPiece()
     core.post_processor = processors.TemplateProcessing(
         "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
     )
