@@ -7,6 +7,7 @@ process, in a folder that the environment names (`EXIT_CODES` of launch/errors.p
 alone: launchers kill what they pass one on to. What the user must mend is not tried again.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -58,10 +59,11 @@ def supervise(command: Sequence[str], pause: float = PAUSE, before: Round | None
                 budget = before(budget, lambda: stops.came)
             words = [*command, f"train.micro_batch_tokens={budget}"] if budget else command
             _take_markers(run_dir)  # of a run that nobody supervised
+            before_it = _finished(run_dir)
             code = _start(words, stops, config.train.grace_seconds)
             tokens = _take_markers(run_dir)
-            if code in (EXIT_CRASH, EXIT_PREEMPTED) and _is_finished(run_dir):  # hit between its last word and its end
-                return EXIT_DONE
+            if code in (EXIT_CRASH, EXIT_PREEMPTED) and _finished(run_dir) not in (None, before_it):
+                return _code_of(run_dir)  # hit between its last word and its end
             if code != EXIT_CRASH and not tokens:
                 return code
             if stops.came:
@@ -138,6 +140,8 @@ def _start(words: Sequence[str], stops: _Stops, grace: float) -> int:
         environment = os.environ | limits
         try:
             stops.launcher = subprocess.Popen(words, env=environment, preexec_fn=_as_launcher)  # noqa: PLW1509
+            if stops.came:  # before there was one to pass it on to
+                stops.launcher.terminate()
         except OSError as error:
             raise UserError(f"supervise: cannot start {words[0]}: {error.strerror}") from None
         launcher = stops.launcher.wait()
@@ -187,15 +191,29 @@ def _is_of(process: psutil.Process, folder: str) -> bool:
 def _take_markers(run_dir: Path) -> list[int]:
     """Budgets that ranks out of memory asked for; their markers are removed."""
     markers = list(run_dir.glob(MEMORY_MARKERS))
-    tokens = [read_json(marker)["micro_batch_tokens"] for marker in markers]
+    tokens = []
     for marker in markers:
-        marker.unlink()
+        with suppress(FileNotFoundError):  # another node's supervisor was faster
+            tokens.append(json.loads(marker.read_text())["micro_batch_tokens"])
+            marker.unlink()
     return tokens
 
 
-def _is_finished(run_dir: Path) -> bool:
+def _finished(run_dir: Path) -> str | None:
     record = run_dir / "run.json"
-    return record.exists() and bool(read_json(record).get("finished"))
+    return read_json(record).get("finished") if record.exists() else None
+
+
+def _code_of(run_dir: Path) -> int:
+    """The exit code of a finished run that could not give it: its gates stand in evaluation.json."""
+    if not (run_dir / "report.html").exists():
+        _say(f"the run is finished but for its report: nestling report {run_dir}")
+    judged = run_dir / "evaluation.json"
+    gates = (read_json(judged).get("gates") or []) if judged.exists() else []
+    failed = [gate for gate in gates if gate["outcome"] != "passed"]
+    for gate in failed:
+        _say(f"gate {gate['outcome']}: {gate['gate']}: {gate['found']}")
+    return EXIT_CHECK if failed else EXIT_DONE
 
 
 def _newest(run_dir: Path) -> list[str]:

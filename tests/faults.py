@@ -29,6 +29,7 @@ WHERE = {
     "cache": ("trainer.exact_step", "token_cache"),
     "held_out": ("trainer.gradcache", "GradCache.loss"),
     "checkpoint": ("trainer.checkpoint", "partial_name"),
+    "folder": ("trainer.checkpoint", "partial_of"),
     "publish": ("trainer.checkpoint", "publish"),  # in the thread that writes
     "evaluation": ("trainer.embedder", "ModelEmbedder.lengths"),
 }

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.processes import ranks
 from tests.test_preemption import STEPS, _launch, _run_file, _steps, _until
 from tests.test_run import ENVIRONMENT, _curve, _finish
-from trainer.checkpoint import find_latest, folder_of
+from trainer.checkpoint import Writer, find_latest, folder_of, partial_name
 
 pytestmark = pytest.mark.usefixtures("no_process_left")
 DISK = {2: "ENOSPC", 4: "EROFS", 6: "EACCES", 8: "3"}  # what each checkpoint meets; the last is 3 s of a slow disk
@@ -20,19 +21,30 @@ def test_a_run_goes_on_where_checkpoints_cannot_be_written_and_the_clock_goes_ba
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(ENVIRONMENT, "FAULT_CLOCK", "1")
-    faults = " ".join(f"publish:{kind}:0:{step}" for step, kind in DISK.items())
+    faults = " ".join(f"publish:{kind}:0:{step}" for step, kind in DISK.items()) + " folder:ENOSPC:0:10"
     words = _run_file(tmp_path), "checkpoint.every=2", "checkpoint.keep=9", "evaluate=null"
     code, out, err = _finish(_launch(faults, *words))
     assert code == 0 and "Traceback" not in err, out + err
-    for step, reason in ((2, "No space left on device"), (4, "Read-only file system"), (6, "Permission denied")):
+    full = "No space left on device"
+    for step, reason in ((2, full), (4, "Read-only file system"), (6, "Permission denied"), (10, full)):
         assert err.count(f"cannot write {folder_of(tmp_path / 'run', step)}: [Errno") == 1 and reason in err, err
-    assert err.count("training goes on") == 3, err
+    assert err.count("training goes on") == 4, err
     there = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert there == {"step-8", "step-10", "step-12"}
+    assert there == {"step-8", "step-12"}
     lines: list[Any] = _curve(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     seconds = [second for line in lines for second in line["seconds"].values()]
     assert seconds and min(seconds) >= 0, seconds
+
+
+def test_a_full_disk_that_torch_meets_is_said_like_any_other(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, 2)
+    writer.begin(4, True)
+    writer.later(lambda: torch.save({"a": torch.zeros(9)}, "/dev/full"))
+    writer.publish(partial_name(tmp_path, 4), 4, {}, None)
+    writer.wait()
+    assert writer.problem and f"cannot write {folder_of(tmp_path, 4)}: " in writer.problem, writer.problem
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 @pytest.mark.slow

@@ -6,23 +6,29 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import obstore
 import pytest
+import torch
 from obstore.store import from_url
 
 from data_tools import object_store
+from launch.config import RunConfig
 from launch.errors import UserError
 from launch.files import list_files
 from tests.conftest import free_port, point_to
 from tests.s3_faults import before
+from tests.vectors import ALONE
 from trainer import checkpoint, remote
+from trainer.run_folder import held
 
 ROOT = Path(__file__).parents[1]
 URL = "s3://bucket/runs/one"
@@ -415,3 +421,89 @@ def test_an_upload_takes_little_memory(s3: str, tmp_path: Path) -> None:
     assert peaks[1] - peaks[0] < 100, "MiB"
     assert remote.newest(URL) == 2
     shutil.rmtree(tmp_path / "checkpoints")
+
+
+class _Held:
+    """A lease that is held."""
+
+    problem = None
+
+    def is_held(self) -> bool:
+        return True
+
+
+def test_the_best_one_waits_on_while_newer_ones_take_each_other_s_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, gate = f"file://{tmp_path}/bucket", threading.Event()
+    whole = remote.upload
+    monkeypatch.setattr(remote, "upload", lambda *words: gate.wait(20) and whole(*words))
+    lease: Any = _Held()
+    uploads = remote.Remote(url, tmp_path / "run", lease)
+    for step, best in ((10, 10), (20, 20), (30, 20), (40, 20)):
+        uploads.add(_write(tmp_path / "run", step), 9, best)
+        while uploads.uploading != 10:
+            time.sleep(0.01)
+    gate.set()
+    uploads.finish(20)
+    assert {int(Path(name).parent.name[5:]) for name in _stored(url) if name.endswith(checkpoint.MANIFEST)} == {
+        10,
+        20,
+        40,
+    }
+
+
+def test_an_older_one_of_the_store_is_not_taken_for_a_newer_one_of_the_disk(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/bucket"
+    for step in (10, 30):
+        remote.upload(url, _write(tmp_path / "run", step))
+    (tmp_path / "bucket/checkpoints/step-30/c.json").write_text("damaged")
+    (tmp_path / "run/checkpoints/step-30/c.json").write_text("damaged")
+    mine = _write(tmp_path / "run", 20)
+    assert remote.newest_checkpoint(tmp_path / "run", url) == mine
+    # What is damaged would stand where the next checkpoint of its step goes.
+    assert {path.name for path in (tmp_path / "run/checkpoints").glob("step-*")} == {"step-10", "step-20"}
+
+
+def _node(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    found = remote.newest_checkpoint(folder / f"node{rank}/run", f"file://{folder}/bucket")
+    (folder / f"found{rank}").write_text(str(found))
+
+
+def test_nodes_with_disks_of_their_own_go_on_from_the_newest_that_all_have(tmp_path: Path) -> None:
+    remote.upload(f"file://{tmp_path}/bucket", _write(tmp_path / "node0/run", 20))
+    _write(tmp_path / "node0/run", 30)  # node 0 was killed before its upload came to an end
+    torch.multiprocessing.spawn(_node, (tmp_path,), nprocs=2)
+    for rank in (0, 1):
+        folder = tmp_path / f"node{rank}/run/checkpoints"
+        assert (tmp_path / f"found{rank}").read_text() == str(folder / "step-20")
+        assert [path.name for path in folder.glob("step-*")] == ["step-20"]
+
+
+@pytest.mark.parametrize("finished", [None, "2026-01-01"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_run_that_the_address_brings_is_compared_also_in_an_empty_folder(
+    tmp_path: Path, is_there: bool, finished: str | None
+) -> None:
+    url, run_dir = f"file://{tmp_path}/bucket", tmp_path / "run"
+    settings = {"model": {"path": "m"}, "data": {"sources": [{"path": "x.jsonl"}]}, "checkpoint": {"remote": url}}
+    was, now = (
+        RunConfig.model_validate({**settings, "train": {"global_batch_size": 2, "learning_rate": rate}})
+        for rate in (1e-5, 1e-3)
+    )
+    record = {"folder": "run", "run_id": "a", "finished": finished, "config": was.model_dump(mode="json"), "data": []}
+    for name, content in (("run.json", json.dumps(record)), ("metrics.jsonl", '{"step": 1}\n')):
+        object_store.write_object(url, name, content.encode())
+    if is_there:
+        run_dir.mkdir()
+
+    def enter(folder: Path, config: RunConfig) -> None:
+        with held(folder, config, ALONE):
+            pass
+
+    assert "finished at 2026" in (said := _line(lambda: enter(run_dir, now))) or "train.learning_rate" in said
+    # With the address of another run nothing of it is left in this one's folder.
+    other = tmp_path / "other"
+    assert "has the run of a folder run" in _line(lambda: enter(other, was))
+    assert not other.exists()

@@ -45,6 +45,9 @@ def main(_):
     if name == "finished":
         (folder / "run").mkdir()
         (folder / "run/run.json").write_text('{"finished": "now"}')
+        if value:
+            gate = '{"gates": [{"outcome": "%s", "gate": "ndcg@10", "found": "0.1"}]}'
+            (folder / "run/evaluation.json").write_text(gate % value)
     if name in ("killed", "finished"):
         os.kill(os.getpid(), 9)
     if name == "progress":
@@ -75,13 +78,16 @@ def _supervised(folder: Path, *tries: str) -> tuple[int, list[str]]:
         (["refused"], EXIT_USER, 1),
         (["killed", "done"], EXIT_DONE, 2),
         (["finished"], EXIT_DONE, 1),
+        (["finished passed"], EXIT_DONE, 1),
+        (["finished failed"], EXIT_CHECK, 1),
         (["crash", "crash", "done"], EXIT_DONE, 3),
         (["crash"] * 9, EXIT_CRASH, RESTARTS + 1),
         (["crash", "crash", "crash", "progress step-2", "crash", "crash", "done"], EXIT_DONE, 7),
     ],
     ids=[
         *("done", "user error", "failed check", "preempted", "one refuses and the other is stopped"),
-        *("one is killed and the other stopped", "killed when it was finished", "two crashes", "crashes"),
+        *("one is killed and the other stopped", "killed when it was finished", "its gate had passed"),
+        *("its gate had failed", "two crashes", "crashes"),
         "progress between crashes",
     ],
 )
@@ -94,6 +100,11 @@ def test_out_of_memory_goes_on_with_the_budget_that_the_marker_names(tmp_path: P
     ended, given = _supervised(tmp_path, "memory 64", "memory 32", "done")
     assert ended == EXIT_DONE
     assert given == ["", "train.micro_batch_tokens=64", "train.micro_batch_tokens=32"]
+
+
+def test_a_launcher_that_never_starts_is_not_the_run_that_finished_before(tmp_path: Path) -> None:
+    assert _supervised(tmp_path, "finished")[0] == EXIT_DONE
+    assert _supervised(tmp_path, "", *["crash"] * 9)[0] == EXIT_CRASH
 
 
 def test_a_command_that_trains_nothing_is_refused() -> None:

@@ -3,11 +3,15 @@ sentence-transformers' evaluator on the checkpoint that was kept."""
 
 import copy
 import json
+import shutil
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
@@ -16,6 +20,7 @@ from transformers import TrainerControl
 
 from launch.config import RunConfig
 from launch.reader import read_run
+from launch.world import World
 from tests import tiny_models
 from tests.test_run import CPU2, _curve, _finish, _run_file, _start, _tensorboard_tags
 from tests.test_trainable import kill_after
@@ -81,6 +86,25 @@ def test_the_best_checkpoint_is_kept_and_becomes_the_model(tmp_path: Path) -> No
     again = load_file(tmp_path / "run/model/model.safetensors")
     assert all(value.allclose(tuned[name], atol=1e-5) for name, value in again.items())
     assert (tmp_path / "run/report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_fresh_machine_fetches_the_best_checkpoint_too(tmp_path: Path) -> None:
+    """The one before lost its disk after the best evaluation; the learning rate spoils what follows."""
+    extra = EVALUATED.replace("HELD", str(tmp_path / "held_out.jsonl"))
+    run_file = _run_file(tmp_path, rows=80, extra=extra, train="  optim: sgd")
+    path, bucket = tiny_models.minilm(tmp_path / "tiny"), tmp_path / "bucket"
+    words = [str(run_file), f"model.path={path}", f"checkpoint.remote=file://{bucket}"]
+    words += ["train.learning_rate=5", "train.epochs=4"]
+    kill_after(bucket / "checkpoints/step-9/manifest.json", *words, launcher=CPU2)
+    shutil.rmtree(tmp_path / "run")
+    code, out, err = _finish(_start(*words))
+    assert code == 0, out + err
+    best = json.loads((tmp_path / "run/run.json").read_text())["best_step"]
+    assert best < 9, "for this to be a test the best one must not be the one to go on from"
+    kept = load_file(tmp_path / f"run/checkpoints/step-{best}/model.safetensors")
+    tuned = load_file(tmp_path / "run/model/model.safetensors")
+    assert all(value.equal(tuned[name]) for name, value in kept.items())
 
 
 def config(folder: Path, **evaluate: Any) -> RunConfig:
@@ -164,3 +188,40 @@ def test_a_small_set_shares_queries_with_the_final_evaluation_and_says_so(tmp_pa
     assert sets and sets.subset
     shared = set(sets.subset.queries) & set(sets.final["domain"].queries)
     assert len(sets.subset.queries) == 12 and len(shared) == sets.subset_facts["queries_of_final_evaluation"] == 7
+
+
+def _resumed(rank: int, folder: Path) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2, timeout=timedelta(seconds=20)
+    )
+    model: Any = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device="cpu")]), device="cpu")
+    model.get_embedding_dimension = lambda: 4
+    settings = config(folder, every=10, best="ndcg@10", patience=3)
+    world = World(rank, rank, 2, 1, 2)
+    callback = validation.Validation(
+        settings, RetrievalSet(["q"], ["a", "b"], [{0: 1}]), model, folder / f"node{rank}", world
+    )
+    state, ends, seen = SimpleNamespace(global_step=60, max_steps=100), [], []
+    callback.on_train_begin(None, state, TrainerControl())
+    for step in range(61, 81):
+        value = _Mean({70: 0.5, 80: 0.6}.get(step, 0.0) + 1e-9 * rank)  # the last digit differs between machines
+        scored = SimpleNamespace(by_metric={("float32", 4): {"ndcg@10": value}}, dims=[4])
+        validation.score = lambda *_, found=scored, **__: found
+        state.global_step, control = step, TrainerControl()
+        there = [torch.zeros(1) for _ in range(2)]
+        dist.all_gather(there, torch.full((1,), float(step)))  # what a step does
+        ends.append([float(other) for other in there])
+        callback.on_step_end(None, state, control)
+        seen.append([control.should_save, control.should_training_stop])
+    (folder / f"said{rank}").write_text(json.dumps([ends, seen, callback.best_step]))
+
+
+def test_a_machine_without_the_log_decides_as_the_others(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        (tmp_path / f"node{rank}").mkdir()
+    lines = [json.dumps({"step": step, "eval_ndcg@10_4": value}) for step, value in ((50, 0.9), (60, 0.4))]
+    (tmp_path / "node0/metrics.jsonl").write_text("\n".join(lines) + "\n")
+    torch.multiprocessing.spawn(_resumed, (tmp_path,), nprocs=2)
+    one, other = (json.loads((tmp_path / f"said{rank}").read_text()) for rank in (0, 1))
+    assert one == other and one[2] == 50 and one[1][-1] == [True, True]
+    assert one[0] == [[float(step)] * 2 for step in range(61, 81)]

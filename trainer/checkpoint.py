@@ -62,7 +62,10 @@ def problem_with(checkpoint: Path) -> str | None:
         return f"{checkpoint}: no readable {MANIFEST}"
     if digest != _digest(manifest) or manifest.get("step") != step_of(checkpoint):
         return f"{checkpoint}: {MANIFEST} is changed, or of another step"
-    found = list_files(checkpoint)
+    try:
+        found = list_files(checkpoint)
+    except OSError as error:
+        return f"{checkpoint}: {error.filename} cannot be read: {error.strerror}"
     found.pop(MANIFEST, None)
     for name in sorted({*listed, *found}):
         if listed.get(name) != found.get(name):
@@ -174,7 +177,8 @@ class Writer:
     def fail(self, step: int, error: Exception) -> None:
         """Keep why the checkpoint of `step` is not there, and remove what there is of it."""
         # A full disk comes as an OSError from Python, and as a text from safetensors and torch.
-        if not (isinstance(error, OSError) or "os error" in str(error) or "file write failed" in str(error)):
+        texts = "os error", "file write failed", "iostream error"
+        if not (isinstance(error, OSError) or any(text in str(error) for text in texts)):
             self.problem = f"checkpoint of step {step}: {type(error).__name__}: {error}"
         else:
             where, reason = folder_of(self._run_dir, step), str(error).splitlines()[0]

@@ -42,7 +42,7 @@ class Remote:
     def __init__(self, url: str, run_dir: Path, lease: Lease) -> None:
         self._url, self._run_dir, self._lease = url, run_dir, lease
         self._condition = threading.Condition()
-        self._next: tuple[Path, int, int | None] | None = None  # folder, how many to keep, the best
+        self._waiting: list[tuple[Path, int, int | None]] = []  # folder, how many to keep, the best
         self.uploading: int | None = None  # a step whose folder must stay
         self._is_ending = False
         threading.Thread(target=self._work, name="upload", daemon=True).start()  # a hanging request ends with it
@@ -59,9 +59,11 @@ class Remote:
                 write_object(self._url, name, path.read_bytes())
 
     def add(self, checkpoint: Path, keep: int, best: int | None) -> None:
-        """Upload a checkpoint behind the training; one that still waits is left out for it."""
+        """Upload a checkpoint behind the training; one that still waits is left out for it, unless it is the best."""
         with self._condition:
-            self._next, self.uploading = (checkpoint, keep, best), self.uploading or step_of(checkpoint)
+            waiting = [one for one in self._waiting if step_of(one[0]) == best]
+            self._waiting = [*waiting, (checkpoint, keep, best)]
+            self.uploading = self.uploading or step_of(checkpoint)
             self._condition.notify_all()
 
     def finish(self, seconds: float | None) -> None:
@@ -75,21 +77,20 @@ class Remote:
     def _work(self) -> None:
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._next is not None)
-                assert self._next is not None
-                (folder, keep, best), self._next = self._next, None
+                self._condition.wait_for(lambda: self._waiting)
+                folder, keep, best = self._waiting.pop(0)
                 self.uploading = step_of(folder)
             try:
                 if not self._lease.is_held():
                     raise UserError(f"{self._url}: not reached for a while")
+                self.write_record()  # first: with a checkpoint there, its lines are there too
                 upload(self._url, folder, lambda: self._is_ending or not self._lease.is_held())
-                self.write_record()
                 prune(self._url, keep, best)
-            except UserError as problem:
+            except Exception as problem:  # whatever it is, `finish` waits for this thread
                 text = "%s; the checkpoint is on this disk only, the next one is another try"
                 logging.getLogger("nestling").warning(text, problem)
             with self._condition:
-                self.uploading = None if self._next is None else step_of(self._next[0])
+                self.uploading = step_of(self._waiting[0][0]) if self._waiting else None
                 self._condition.notify_all()
 
 
@@ -105,15 +106,15 @@ def opened(url: str, run_dir: Path, note: Path) -> Iterator[Remote]:
     lease.acquire()
     try:
         if not (run_dir / _WITH_RUN[0]).exists():
-            for name in reversed(_WITH_RUN):  # the record last: with it the folder is that run's
-                if (content := read_object(url, name)) is None:
-                    continue
-                if name == _WITH_RUN[0] and (its := json.loads(content).get("folder")) != run_dir.name:
-                    raise UserError(
-                        f"checkpoint.remote: {url} has the run of a folder {its}, got {run_dir}; go on with that: "
-                        "train.run_dir=FOLDER, or choose another address"
-                    )
-                (run_dir / name).write_bytes(content)
+            record, log = (read_object(url, name) for name in _WITH_RUN)
+            if record and (its := json.loads(record).get("folder")) != run_dir.name:
+                raise UserError(
+                    f"checkpoint.remote: {url} has the run of a folder {its}, got {run_dir}; go on with that: "
+                    "train.run_dir=FOLDER, or choose another address"
+                )
+            for name, content in zip(reversed(_WITH_RUN), (log, record), strict=True):
+                if record and content is not None:  # the record last: with it the folder is that run's
+                    (run_dir / name).write_bytes(content)
         yield Remote(url, run_dir, lease)
     finally:
         lease.release()
@@ -127,15 +128,26 @@ def newest_checkpoint(run_dir: Path, url: str | None) -> Path | None:
     warn = logging.getLogger("nestling").warning
     found = find_latest(run_dir, warn)
     if url and (there := newest(url)) is not None and (found is None or there > step_of(found)):
-        found = fetch(url, there, run_dir, warn) or found
-    step = step_of(found) if found else -1
+        fetched = fetch(url, there, run_dir, warn)  # an older one where that is damaged
+        found = max((one for one in (found, fetched) if one), key=step_of, default=None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    most, least = collectives.highest(step, device), -collectives.highest(-step, device)
+
+    def ends() -> tuple[int, int, int]:
+        step = step_of(found) if found else -1
+        return step, collectives.highest(step, device), -collectives.highest(-step, device)
+
+    step, most, least = ends()
+    if url and 0 <= least < most:  # a node's own disk has one whose upload came to no end
+        found = fetch(url, least, run_dir, warn)
+        step, most, least = ends()
     if most != least:
         raise UserError(
             f"{run_dir}: ranks have checkpoints of step {most} and {'none' if least < 0 else least}; allowed: one "
             "folder that all nodes share, or checkpoint.remote"
         )
+    for newer in (run_dir / _FOLDER).glob("step-*") if found else ():
+        if step_of(newer) > step:  # damaged, or not every node's; it would stand where the next one of its step goes
+            remove_folder(newer)
     return found
 
 

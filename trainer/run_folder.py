@@ -62,10 +62,11 @@ def held(run_dir: Path, config: RunConfig, world: World, is_forced: bool = False
         except BlockingIOError:
             raise UserError(f"train.run_dir: {run_dir} is in use by a run that is going on; {_ANEW}") from None
         try:
+            has_record = (run_dir / "run.json").exists()
             if not fresh:
                 _refuse_another_run(run_dir, config, is_forced)
             with _remote(config.checkpoint.remote, run_dir) as remote:
-                if fresh:
+                if not has_record:  # the address may have brought one
                     _refuse_another_run(run_dir, config, is_forced)
                 (run_dir / MARKER).unlink(missing_ok=True)
                 yield remote

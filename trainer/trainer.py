@@ -41,7 +41,7 @@ from trainer.memory import MemoryRanOut, say
 from trainer.metrics_log import StepLog
 from trainer.model import load_model, prompt_of
 from trainer.preemption import SaveInTime
-from trainer.remote import Remote
+from trainer.remote import Remote, fetch
 from trainer.retrieval import RetrievalSet
 from trainer.tokens import role_of
 from trainer.trainable import merged, read_adapters, save_adapters
@@ -251,6 +251,9 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
     def _model_of(self, folder: Path) -> SentenceTransformer:
         """The model of a checkpoint that rank 0 can read, on every rank. All ranks must call."""
         problem = checkpoint.problem_with(folder) if self.is_world_process_zero() else None
+        if problem and (url := self._config.checkpoint.remote):  # a machine that went on from a newer one
+            fetch(url, checkpoint.step_of(folder), self._run_dir, logging.getLogger("nestling").warning)
+            problem = checkpoint.problem_with(folder)
         if collectives.highest(int(problem is not None), self.args.device):
             raise UserError(f"{problem}; it is the best one, so there is no tuned model; set evaluate.best to null")
         settings = self._config.model
@@ -297,7 +300,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             self._writer.later(lambda: torch.save(state, Path(output_dir) / OPTIMIZER_NAME))
         if self.args.should_save:
             scheduler: Any = self.lr_scheduler
-            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            its = checkpoint.copied(scheduler.state_dict())
+            self._writer.later(lambda: torch.save(its, Path(output_dir) / SCHEDULER_NAME))
         return None
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
@@ -334,7 +338,12 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         self._writing_to = checkpoint.partial_name(self._run_dir, step)
         try:
             writer.begin(step, self.is_world_process_zero())
-            self._barrier()
+        except OSError as error:
+            writer.fail(step, error)
+        if collectives.highest(int(writer.problem is not None), device):  # which is a barrier too
+            self._writing_to = None
+            return
+        try:
             super()._save_checkpoint(model, trial)
         except OSError as error:
             writer.fail(step, error)
@@ -361,7 +370,3 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._exact is None:
             super()._load_rng_state(checkpoint)
-
-    def _barrier(self) -> None:
-        if self.args.world_size > 1:
-            dist.barrier()

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from transformers import TrainerCallback
 
 from launch.config import RunConfig
 from launch.world import World
-from trainer import collectives, watch
+from trainer import watch
 from trainer.embedder import ModelEmbedder
 from trainer.evaluation import MAIN_METRIC, score
 from trainer.retrieval import RetrievalSet
@@ -46,7 +47,7 @@ class Validation(TrainerCallback):
         return measured
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._history = self._read(state.global_step)
+        self._history = self._of_rank_0(self._read(state.global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         assert self._history is not None
@@ -63,18 +64,20 @@ class Validation(TrainerCallback):
             }
             control.should_log = True
             if self._settings.best:
-                value = self._measured[f"eval_{self._settings.best}_{scored.dims[0]}"]
+                value = self._of_rank_0(self._measured[f"eval_{self._settings.best}_{scored.dims[0]}"])
                 self._history.append((step, value))
-                control.should_save |= self._agreed(self.best_step == step)
+                control.should_save |= self.best_step == step
         if self._settings.patience and self._history:
             since = sum(seen > (self.best_step or 0) for seen, _ in self._history)
-            if self._agreed(since >= self._settings.patience):
+            if since >= self._settings.patience:
                 control.should_save = control.should_training_stop = True
 
-    def _agreed(self, answer: bool) -> bool:
-        """Rank 0's answer on every rank: the last digit of a mean may differ between machines."""
-        device = next(self._model.parameters()).device
-        return bool(collectives.highest(int(answer and self._world.rank == 0), device))
+    def _of_rank_0(self, mine: Any) -> Any:
+        """Rank 0's on every rank: it alone may have the log, and the last digit of a mean differs between machines."""
+        told = [mine]
+        if self._world.world_size > 1:
+            dist.broadcast_object_list(told, device=next(self._model.parameters()).device)
+        return told[0]
 
     def _read(self, step: int) -> list[tuple[int, float]]:
         """The evaluations up to `step` that metrics.jsonl holds, which rank 0 alone may have."""
