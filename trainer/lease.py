@@ -104,7 +104,7 @@ class Lease:
         if self._thread.is_alive():
             self._thread.join(_PATIENCE)  # what it still writes then fails: the version is another one
         if self._number and not self.is_lost():
-            with suppress(UserError):
+            with suppress(UserError, OSError):
                 content, version = read_versioned(self._url, _NAME, _PATIENCE)
                 if self._is_mine(_holder(content)):
                     self._write(version, is_released=True)
@@ -115,7 +115,7 @@ class Lease:
             pause = self._take_over / 4
             try:
                 self._renew()
-            except UserError:  # whoever is there when the store answers again has the lease
+            except (UserError, OSError):  # whoever is there when the store answers again has the lease
                 pause = self._take_over / 60
 
     def _renew(self) -> None:
