@@ -160,7 +160,7 @@ def _bert(folder: Path, pooling: str) -> Path:
 
 
 def unigram(special: list[str], sentences: list[str], unknown: int) -> Tokenizer:
-    """A sentencepiece model of these sentences' letters and of every second word."""
+    """A sentencepiece model of these sentences' letters and words."""
     normalizer, splitter = normalizers.NFKC(), pre_tokenizers.Metaspace()
     letters, words = _pieces(sentences, normalizer, splitter)
     pieces = [(piece, 0.0) for piece in special] + [(letter, -9.0) for letter in letters]
@@ -171,10 +171,10 @@ def unigram(special: list[str], sentences: list[str], unknown: int) -> Tokenizer
 
 
 def _pieces(sentences: list[str], normalizer: Any, splitter: Any) -> tuple[list[str], list[str]]:
-    """Letters and every second word, in order: what the library's trainers find differs from process to process."""
+    """Letters and words, in order: what the library's trainers find differs from process to process."""
     found = [splitter.pre_tokenize_str(normalizer.normalize_str(sentence)) for sentence in sentences]
     words = sorted({word for sentence in found for word, _ in sentence})
-    return sorted(set("".join(words))), words[::2]
+    return sorted(set("".join(words))), words
 
 
 def _wordpiece() -> Any:
@@ -182,7 +182,8 @@ def _wordpiece() -> Any:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     letters, words = _pieces(SENTENCES, normalizer, splitter)
-    pieces = [*special, *letters, *(f"##{letter}" for letter in letters), *(word for word in words if len(word) > 1)]
+    parts = {word[:n] for word in words for n in (1, 2, 3)} | {f"##{word[-n:]}" for word in words for n in (2, 3)}
+    pieces = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *words, *sorted(parts)])
     core = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     core.normalizer, core.pre_tokenizer, core.decoder = normalizer, splitter, decoders.WordPiece()
     core.post_processor = processors.TemplateProcessing(
