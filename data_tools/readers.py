@@ -28,7 +28,7 @@ def read_parquet(paths: Sequence[Path], choose: Choose, speaks: bool = True) -> 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    place = 0
+    place = before = 0
     columns: list[str] | None = None
     for path in paths:
         try:
@@ -40,7 +40,8 @@ def read_parquet(paths: Sequence[Path], choose: Choose, speaks: bool = True) -> 
                         for row in batch.to_pylist():
                             place += 1
                             yield place, row
-                        progress.to(place)
+                        progress.to(place - before)
+                    before = place
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise

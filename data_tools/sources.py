@@ -83,7 +83,8 @@ def _import(source: PlainSource, cache_dir: Path, max_rows: int | None, hash_fil
     if path is not None and (path / MANIFEST).is_file():
         manifest = verify_shards(path, hash_file)
         roles = _choose(source, list(manifest.columns))
-        if all(role == column for role, column in roles.items()) and manifest.rows <= (max_rows or manifest.rows):
+        own = {column: column for column in manifest.columns if ROLE.fullmatch(column)}
+        if roles == own and manifest.rows <= (max_rows or manifest.rows):
             return path
     origin = _open(source)
     before = [_stamp(file) for file in origin.files]

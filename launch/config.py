@@ -271,6 +271,10 @@ class RunConfig(Section):
         for gate in self.evaluate.gate if self.evaluate else ():
             if gate.dim is not None and gate.dim not in (self.loss.dims or []):
                 raise ValueError(f"evaluate.gate: got dim {gate.dim}, allowed: one of loss.dims {self.loss.dims or []}")
+            stored = ["float32", *(self.evaluate.vectors if self.evaluate and gate.set == "domain" else ())]
+            if gate.vectors not in stored:
+                allowed = " or ".join(dict.fromkeys(stored))
+                raise ValueError(f"evaluate.gate: got vectors {gate.vectors} of the set {gate.set}, allowed: {allowed}")
         return self
 
     @model_validator(mode="after")

@@ -288,6 +288,17 @@ def test_remote_code_needs_a_pinned_commit(tmp_path: Path) -> None:
         (["checkpoint.remote=s3://key:secret@bucket/x"], "checkpoint.remote: got 's3://...@bucket/x', allowed"),
         (["data.cache_url=bucket/cache"], "data.cache_url: got 'bucket/cache', allowed: s3://BUCKET/PREFIX"),
         (["evaluate.sources=[{path: a.csv, weight: 1}]"], "evaluate.sources.0.weight: unknown key"),
+        (
+            ["evaluate={sources: [{path: a.csv}], vectors: [float32], gate: [{vectors: int8, keeps: 0.9}]}"],
+            "evaluate.gate: got vectors int8 of the set domain, allowed: float32",
+        ),
+        (
+            [
+                "evaluate={sources: [{path: a.csv}], general: {sources: [{path: b.csv}]}, "
+                "gate: [{set: general, vectors: binary, keeps: 0.9}]}"
+            ],
+            "evaluate.gate: got vectors binary of the set general, allowed: float32",
+        ),
     ],
 )
 def test_weights_and_prompts_of_sources(tmp_path: Path, overrides: list[str], message: str) -> None:

@@ -1,12 +1,15 @@
 """Sources of a run file as training rows and their order: `python -m pytest tests/test_data.py`."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
+from data_tools.shards import ShardWriter
 from launch.config import RunConfig
 from launch.config_data import Source
 from launch.errors import UserError
@@ -100,6 +103,24 @@ def test_sources_with_different_negatives_are_one_set_of_rows(tmp_path: Path) ->
         refuse_gaps(both, facts, both.column_names, "TripletLoss needs all")
 
 
+def test_shards_of_the_same_age_with_other_rows_are_read_anew_and_in_any_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "b[1] *?"
+    columns: Any = {"anchor": "text", "positive": "text", "negative": "text"}
+    for age in ("old", "new"):
+        shutil.rmtree(folder, ignore_errors=True)
+        with ShardWriter(folder / "in", columns, source="s", license=None, made_by="t") as writer:
+            writer.write({"anchor": f"{age} q", "positive": f"{age} p", "negative": f"{age} n"})
+        for file in (folder / "in").iterdir():
+            os.utime(file, (1e9, 1e9))  # as rsync and tar leave it
+        rows, _ = open_sources([Source(path=str(folder / "in"))], tmp_path / "cache [x]")
+        assert rows.to_list() == [{"anchor": f"{age} q", "positive": f"{age} p", "negative": f"{age} n"}]
+    mapped = Source(path=str(folder / "in"), columns={"anchor": "anchor", "positive": "positive"})
+    rows, _ = open_sources([mapped], tmp_path / "cache")
+    assert rows.column_names == ["anchor", "positive"], "what the mapping leaves out stays out"
+    with pytest.raises(UserError, match=r"got :: in the path"):
+        open_sources([mapped], tmp_path / "a::b")
+
+
 def test_other_columns_must_agree_and_be_whole(tmp_path: Path) -> None:
     sources = [
         _write(tmp_path / "pairs.jsonl", [{"anchor": "a", "positive": "b"}]),
@@ -107,6 +128,9 @@ def test_other_columns_must_agree_and_be_whole(tmp_path: Path) -> None:
     ]
     with pytest.raises(UserError, match=r"negatives apart: .*pairs.jsonl has anchor, positive, .*, score$"):
         open_sources(sources, tmp_path / "cache")
+    scores = [[{"anchor": "a", "positive": "b", "score": score}] for score in (1.0, [1.0])]
+    with pytest.raises(UserError, match=r"score is a number in all sources or a list in all, got both: .*0.jsonl"):
+        open_sources([_write(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate(scores)], tmp_path / "cache")
     # Shards of another program may hold what the reader of files refuses.
     rows = datasets.Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", None]})
     with pytest.raises(UserError, match="x: row 2 has no positive; allowed in negatives only"):

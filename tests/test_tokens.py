@@ -110,7 +110,18 @@ def test_a_cache_of_other_data_prompt_or_length_is_not_used(minilm: SentenceTran
     minilm.max_seq_length = 8
     shorter = _cache(minilm, tmp_path, rows)
     assert shorter.lengths(np.arange(20)).max() == 8
-    assert len([p for p in (tmp_path / "tokens").iterdir() if p.is_dir()]) == 4
+    minilm.tokenizer.truncation_side = "left"
+    try:
+        other_ends = _cache(minilm, tmp_path, rows)
+    finally:
+        minilm.tokenizer.truncation_side = "right"
+    assert not np.array_equal(other_ends.ids, shorter.ids)
+    minilm[0].processing_kwargs = {"text": {"add_special_tokens": False}}
+    try:
+        _cache(minilm, tmp_path, rows)
+    finally:
+        minilm[0].processing_kwargs = {}
+    assert len([p for p in (tmp_path / "tokens").iterdir() if p.is_dir()]) == 6
 
 
 def test_each_source_is_tokenised_with_its_own_prompts(minilm: SentenceTransformer, tmp_path: Path) -> None:

@@ -27,15 +27,20 @@ def open_sources(
     UserError where a source cannot be read, or where two sources differ in other columns than negatives.
     """
     import datasets
+    from datasets.data_files import DataFilesDict, DataFilesList
 
     parts, facts = [], []
     for source in sources:
         folder = import_source(source, cache_dir, max_rows)
         manifest = read_manifest(folder)
         files: list[Any] = [str(folder / shard.name) for shard in manifest.shards]
+        if any("::" in file for file in files):
+            raise UserError(f"{folder}: got :: in the path, which datasets takes for an address; choose another folder")
+        # Given as a list that is whole: no pattern is looked for in the paths, and the content is the key of the copy.
+        listed: Any = DataFilesDict({"train": DataFilesList(files, [(manifest.fingerprint,)])})
         datasets.utils.disable_progress_bars()
         try:
-            rows = datasets.Dataset.from_parquet(files, cache_dir=str(cache_dir / "arrow"))
+            rows = datasets.Dataset.from_parquet(listed, datasets.Split.TRAIN, cache_dir=str(cache_dir / "arrow"))
         finally:
             datasets.utils.enable_progress_bars()
         roles = [column for column in rows.column_names if ROLE.fullmatch(column)]
@@ -56,6 +61,9 @@ def open_sources(
                 f"data.sources: all need the same columns, negatives apart: {sources[0].name} has {', '.join(first)}, "
                 f"{source.name} has {', '.join(_no_negatives(part))}"
             )
+        if part.features.get("score") != parts[0].features.get("score"):
+            names = f"{sources[0].name} and {source.name}"
+            raise UserError(f"data.sources: score is a number in all sources or a list in all, got both: {names}")
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     rows = rows.select_columns(sorted(rows.column_names, key=_position))
     refuse_gaps(rows, facts, first, "allowed in negatives only")

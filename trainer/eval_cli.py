@@ -47,9 +47,11 @@ def main(argv: Sequence[str]) -> int:
     for name in ("max_queries", "max_documents", "batch_tokens"):
         if (number := getattr(arguments, name)) is not None and number < 1:
             raise UserError(f"--{name.replace('_', '-')}: got {number}, allowed: 1 or more")
+    if arguments.seed < 0:
+        raise UserError(f"--seed: got {arguments.seed}, allowed: 0 or more")
     gates = _gates(arguments)
-    if arguments.out and arguments.out.exists() and not arguments.out.is_dir():
-        raise UserError(f"--out: {arguments.out} is no folder")
+    if arguments.out and not next(p for p in (arguments.out, *arguments.out.absolute().parents) if p.exists()).is_dir():
+        raise UserError(f"--out: {arguments.out} is no folder and cannot be one")
     world = read_world()
     check_processes(world, "-m trainer.eval_cli MODEL --on SET")
     return _evaluate(arguments, gates, world)

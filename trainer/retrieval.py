@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from launch.config_data import PlainSource
 from launch.config_evaluate import RetrievalData
 from launch.errors import UserError
@@ -179,7 +181,11 @@ def open_path(path: Path, split: str, columns: dict[str, str] | None, cache_dir:
         return read_beir(path, split)
     if path.is_file() and kind_of(path) == ".jsonl" and "query" in next(_rows(path), (0, {}))[1] and not columns:
         return read_judged(path)
-    rows, _ = open_sources([PlainSource(path=str(path), split=split, columns=columns)], cache_dir)
+    try:
+        source = PlainSource(path=str(path), split=split, columns=columns)
+    except ValidationError as error:
+        raise UserError(f"--columns: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    rows, _ = open_sources([source], cache_dir)
     return retrieval_set(rows, name=str(path))
 
 

@@ -171,8 +171,12 @@ def _facts(
         words = json.dumps(
             {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
         )
+    module: Any = model[0]
     return {
         "format": FORMAT,
+        "truncation_side": getattr(model.tokenizer, "truncation_side", None),
+        "chat_template": getattr(model.tokenizer, "chat_template", None),
+        "module": json.loads(json.dumps(module.get_config_dict(), default=str)),
         "data": fingerprint,
         "columns": list(columns),
         "tokenizer": xxhash.xxh3_128_hexdigest(words.encode()),
