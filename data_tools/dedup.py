@@ -14,7 +14,7 @@ import numpy as np
 
 from data_tools.chunk import PAIR
 from data_tools.runner import Output
-from data_tools.split import compared, hash_of, normalise, word_runs
+from data_tools.split import forms, hash_of, normalise, word_runs
 from launch.files import new_file
 
 SIGNED = 120  # permutations: a similarity of 0.8 is estimated with a deviation of 0.037
@@ -36,17 +36,17 @@ def sign_stage(output: Output, part: str, near: float | None) -> None:
     import pyarrow.parquet as pq
 
     rows = pq.read_table(part, columns=["anchor", "positive", "document"]).to_pylist()
-    texts = [(normalise(row["anchor"]), normalise(row["positive"])) for row in rows]
+    anchors, positives = [normalise(row["anchor"]) for row in rows], [forms(row["positive"]) for row in rows]
     identities = [
-        [hash_of(f"{anchor}\0{positive}") for anchor, positive in texts],
-        [hash_of(positive) for _, positive in texts],
+        [hash_of(f"{anchor}\0{plain}") for anchor, (plain, _) in zip(anchors, positives, strict=True)],
+        [hash_of(plain) for plain, _ in positives],
         [hash_of(row["document"]) for row in rows],
     ]
     keys = np.array(identities, dtype=np.uint64)
     if near is not None:
         import rensa
 
-        runs = [sorted(word_runs(compared(row["positive"]).split())) for row in rows]
+        runs = [sorted(word_runs(form.split())) for _, form in positives]
         digests = rensa.RMinHash.digests_from_token_sets(runs, SIGNED, _SEED)  # pyright: ignore
         signatures = np.array(digests, dtype=np.uint32)
         bands = signatures.reshape(len(rows), -1, rows_of_band(near)).astype(np.uint64)

@@ -16,7 +16,7 @@ import numpy as np
 
 from data_tools.chunk import PAIR
 from data_tools.runner import Output
-from data_tools.split import NearCopies, compared, hash_of, normalise, word_runs
+from data_tools.split import NearCopies, forms, hash_of, word_runs
 
 SIDED = {**PAIR, "held_out": "bool"}
 _SHOWN = 200  # characters of a text in the list of leaks
@@ -76,7 +76,8 @@ class Evaluation:
         runs: dict[str, int] = {}
         sets = []
         for number, (_, text) in enumerate(texts):
-            words, form = normalise(text).split(), compared(text)
+            plain, form = forms(text)
+            words = plain.split()
             equal.setdefault(form, number)
             if len(words) >= ngram:
                 for run in word_runs(words, ngram):
@@ -86,7 +87,8 @@ class Evaluation:
 
     def leak(self, text: str, ngram: int) -> tuple[str, int] | None:
         """Why a text leaks, and the number of the evaluation's text."""
-        words, form = normalise(text).split(), compared(text)
+        plain, form = forms(text)
+        words = plain.split()
         if (found := self.equal.get(form)) is not None:
             return "equal to a text of an evaluation set", found
         if len(words) >= ngram:

@@ -4,7 +4,6 @@ A stage lies in its own folder. `stage.json` holds the fingerprint of everything
 appears when task NNNNN has written all its files, so a killed stage goes on with what is missing.
 """
 
-import hashlib
 import json
 import threading
 from collections import Counter
@@ -15,7 +14,7 @@ from typing import Any
 
 from data_tools.progress import Progress
 from launch.errors import UserError
-from launch.files import new_file, read_json, remove_folder, write_json
+from launch.files import digest_of, new_file, read_json, remove_folder, write_json
 from launch.preflight import require_extra
 
 PART_ROWS = 20_000  # of one part: what a task of the next stage holds in memory
@@ -194,4 +193,4 @@ class _watched:
 
 def key_of(*parts: Any) -> str:
     """A fingerprint of JSON values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return digest_of(parts)

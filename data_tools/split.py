@@ -21,9 +21,10 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def compared(text: str) -> str:
-    """Text as copies are looked for, words apart: normalised, and a Python function as its tokens without its name,
-    comments, layout, docstrings and annotations."""
+def forms(text: str) -> tuple[str, str]:
+    """A text normalised, and as copies are looked for: that, or of a Python function its tokens without its name,
+    comments, layout, docstrings and annotations, words apart."""
+    plain = normalise(text)
     if text.startswith(("def ", "async def ")):
         with contextlib.suppress(*NO_PYTHON), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes such as "\d" in other people's strings
@@ -35,8 +36,8 @@ def compared(text: str) -> str:
                 elif isinstance(node, ast.arg):
                     node.annotation = None
             tree.body[0].name = "f"  # pyright: ignore[reportAttributeAccessIssue]
-            text = " ".join(re.findall(r"\w+|[^\w\s]", ast.unparse(tree)))
-    return normalise(text)
+            return plain, normalise(" ".join(re.findall(r"\w+|[^\w\s]", ast.unparse(tree))))
+    return plain, plain
 
 
 def word_runs(words: Sequence[str], length: int = _RUN) -> frozenset[str]:

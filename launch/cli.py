@@ -32,14 +32,14 @@ PROGRAMS = {
     "data verify": ("data_tools.look verify", "pyarrow", "data", "compare shards with their manifest"),
     "data stats": ("data_tools.look stats", "pyarrow", "data", "count rows and characters of shards"),
     "data show": ("data_tools.look show", "pyarrow", "data", "print the first rows of shards"),
-    "export": ("trainer.export.cli", "torch", "train", "write the ONNX bundle of a model or run"),
+    "plan": ("trainer.plan", "torch", "train", "memory, time and price of a run on GPUs that are not here"),
+    "embed": ("trainer.bulk", "torch", "train", "texts of a file -> vectors, with any model or bundle"),
     "eval": ("trainer.eval_cli", "torch", "train", "judge a model or bundle by retrieval"),
+    "export": ("trainer.export.cli", "torch", "train", "write the ONNX bundle of a model or run"),
     "verify": ("trainer.export.verify", "onnxruntime", "", "check a bundle without torch"),
     "sign": ("trainer.export.signing sign", "model_signing", "sign", "sign a bundle with a key of your own"),
     "check-signature": ("trainer.export.signing check-signature", "model_signing", "sign", "check who signed a bundle"),
     "publish": ("trainer.export.publish", "onnxruntime", "", "bring a bundle to a folder, object store or hub"),
-    "plan": ("trainer.plan", "torch", "train", "memory, time and price of a run on GPUs that are not here"),
-    "embed": ("trainer.bulk", "torch", "train", "texts of a file -> vectors, with any model or bundle"),
     "report": ("trainer.report", "jinja2", "train", "write one HTML page about a run, or several"),
 }
 SUPERVISE = "nestling supervise accelerate launch [...] train.py RUN.yaml [section.key=value ...]"
@@ -134,11 +134,8 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
     data = verbs.add_parser("data", help="make, look at and check training data; see nestling data --help")
     kinds = data.add_subparsers(dest="kind", metavar="KIND", required=True)
-    for verb, program in PROGRAMS.items():
-        if verb.startswith("data "):
-            kinds.add_parser(verb.removeprefix("data "), help=program[3])
-    for verb in ("plan", "embed", "eval", "export", "verify", "sign", "check-signature", "publish", "report"):
-        verbs.add_parser(verb, help=PROGRAMS[verb][3])
+    for verb, (*_, words_of_it) in PROGRAMS.items():
+        (kinds if verb.startswith("data ") else verbs).add_parser(verb.removeprefix("data "), help=words_of_it)
     verbs.add_parser("launch", help="start a run on this machine, Slurm, Kubernetes, SkyPilot or another service")
     verbs.add_parser("supervise", help="start a run, and again after a crash", usage=SUPERVISE)
     if words and not words[0].startswith("-") and words[0] not in verbs.choices:

@@ -1,6 +1,7 @@
 """The run's config, continued: what the tuned model is judged by."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -8,6 +9,7 @@ from launch.config_data import PlainSource, Section
 
 Metric = Literal["ndcg@10", "mrr@10", "recall@10", "recall@100", "map@100"]
 Vectors = Literal["float32", "int8", "binary"]
+PASSED = "passed"  # outcome of a gate
 BATCH_TOKENS = 4096  # rows x longest of what is embedded together; 8,192 took 20 % longer on a CPU
 
 
@@ -55,6 +57,16 @@ class Gate(Section):
         if self.gain is not None and self.vectors != "float32":
             raise ValueError(f"gain: base and tuned are compared in float32 only, got vectors {self.vectors}")
         return self
+
+
+def gate_line(outcome: Mapping[str, Any]) -> str:
+    """An entry of `gates` in evaluation.json as people read it."""
+    return f"gate {outcome['outcome']}: {outcome['gate']}: {outcome['found']}"
+
+
+def unmet(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each gate that did not pass."""
+    return [gate_line(outcome) for outcome in outcomes if outcome["outcome"] != PASSED]
 
 
 class Evaluate(RetrievalData):

@@ -24,6 +24,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest_of(value: Any) -> str:
+    """Hex SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def existing_above(path: Path) -> Path:
+    """The path itself, or the nearest one above it that exists."""
+    return next(one for one in (path, *path.parents) if one.exists())
+
+
 def fsync_path(path: Path) -> None:
     """Flush a file or the entries of a directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -9,7 +9,6 @@ world twice, without an error. The exit code is the run's (launch/errors.py); 75
 import argparse
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -27,7 +26,7 @@ from launch import errors, preflight, reader
 from launch.config import RunConfig
 from launch.config_launch import PORT
 from launch.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, UserError
-from launch.files import sha256_of
+from launch.files import digest_of, sha256_of
 from launch.meeting import Left, NotMet, meet
 from launch.supervise import Round, supervise
 
@@ -219,7 +218,7 @@ def same_everywhere(here: Nodes, config: RunConfig) -> dict[str, Any]:
     """What all nodes must have alike: numbers, code, config, data, versions, NCCL's settings."""
     files = sorted(p for name in ("launch", "data_tools", "trainer") for p in (ROOT / name).rglob("*.py"))
     code = hashlib.sha256("".join(f"{p.relative_to(ROOT)} {sha256_of(p)}" for p in files).encode()).hexdigest()
-    settings = hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+    settings = digest_of(config.model_dump(mode="json"))
     versions = {"python": platform.python_version()}
     for name in _SAME_VERSIONS:
         try:

@@ -16,7 +16,7 @@ from typing import Any
 from launch.config import Model, RunConfig
 from launch.config_data import PlainSource
 from launch.errors import UserError
-from launch.files import read_json
+from launch.files import existing_above, read_json
 from launch.reader import near_file, run_directory
 from launch.rows import SAVED, SHARDS, TEXTS, column_problems, kind_of, read_text, saved_folder
 
@@ -254,7 +254,7 @@ def _weights(folder: Path) -> int:
 
 
 def _disk_problems(config: RunConfig, run_dir: Path, model: Path | None) -> list[str]:
-    above = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    above = existing_above(run_dir)
     elsewhere = "choose another: train.run_dir=FOLDER"
     if not above.is_dir():
         return [f"train.run_dir: {run_dir} cannot be made, {above} is a file; {elsewhere}"]

@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from launch.config import RunConfig
+from launch.config_evaluate import unmet
 from launch.errors import (
     EXIT_CHECK,
     EXIT_CODES,
@@ -209,11 +210,10 @@ def _code_of(run_dir: Path) -> int:
     if not (run_dir / "report.html").exists():
         _say(f"the run is finished but for its report: nestling report {run_dir}")
     judged = run_dir / "evaluation.json"
-    gates = (read_json(judged).get("gates") or []) if judged.exists() else []
-    failed = [gate for gate in gates if gate["outcome"] != "passed"]
-    for gate in failed:
-        _say(f"gate {gate['outcome']}: {gate['gate']}: {gate['found']}")
-    return EXIT_CHECK if failed else EXIT_DONE
+    lines = unmet(read_json(judged).get("gates") or []) if judged.exists() else []
+    for line in lines:
+        _say(line)
+    return EXIT_CHECK if lines else EXIT_DONE
 
 
 def _newest(run_dir: Path) -> list[str]:

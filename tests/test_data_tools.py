@@ -16,7 +16,7 @@ from data_tools.config import Pipeline
 from data_tools.packages import find_package, python_files
 from data_tools.pairs import Pair, pairs_of, summary_of
 from data_tools.shards import ShardWriter, read_manifest, verify_shards
-from data_tools.split import NearCopies, compared, normalise
+from data_tools.split import NearCopies, forms, normalise
 from launch.errors import UserError
 
 SHARED = '''
@@ -228,6 +228,12 @@ def test_identities():
     assert normalise(" \uff26ULL  width\n\u00df") == "full width ss"
     code = 'def f(a, b=1):\n    x = a + b  # note\n    return {"k": x}\n'
     same = "def g(a: int, b=1) -> dict:\n    'Says what it does.'\n    x = (a +\n         b)\n    return {'k': x}\n"
+
+    def compared(text: str) -> str:
+        plain, form = forms(text)
+        assert plain == normalise(text)
+        return form
+
     assert compared(code) == compared(same) != normalise(code)
     assert compared(code) != compared(code.replace("a + b", "a - b"))
     assert compared(code) != compared(code.replace('"k"', '"j"'))

@@ -14,7 +14,8 @@ from launch.errors import UserError
 from tests.vectors import ALONE, Encoded, problem
 from trainer.embedder import ModelEmbedder
 from trainer.evaluation import compare as compare_models
-from trainer.evaluation import examples, joined, score, table
+from trainer.evaluation import examples, joined, score
+from trainer.figures import table
 from trainer.metrics import METRICS, compare, holm, interval
 from trainer.retrieval import RetrievalSet, retrieval_set
 from trainer.search import search

@@ -6,7 +6,6 @@ differ from its manifest.
 """
 
 import atexit
-import hashlib
 import json
 import threading
 import time
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from launch.errors import UserError
-from launch.files import list_files, publish_folder, remove_folder, write_json
+from launch.files import digest_of, list_files, publish_folder, remove_folder, write_json
 
 MANIFEST = "manifest.json"
 _PREFIX = "step-"
@@ -48,8 +47,9 @@ def publish(partial: Path, final: Path, facts: dict[str, object]) -> None:
 
     `facts` (step, fingerprints) go into the manifest beside the files.
     """
+    # A changed manifest is seen by its own digest; a forged one is not.
     manifest = {"format": 1, **facts, "files": list_files(partial)}
-    write_json(partial / MANIFEST, manifest | {"digest": _digest(manifest)})
+    write_json(partial / MANIFEST, manifest | {"digest": digest_of(manifest)})
     publish_folder(partial, final)
 
 
@@ -60,7 +60,7 @@ def problem_with(checkpoint: Path) -> str | None:
         listed, digest = manifest["files"], manifest.pop("digest")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{checkpoint}: no readable {MANIFEST}"
-    if digest != _digest(manifest) or manifest.get("step") != step_of(checkpoint):
+    if digest != digest_of(manifest) or manifest.get("step") != step_of(checkpoint):
         return f"{checkpoint}: {MANIFEST} is changed, or of another step"
     try:
         found = list_files(checkpoint)
@@ -72,11 +72,6 @@ def problem_with(checkpoint: Path) -> str | None:
             state = "missing" if name not in found else "not in the manifest" if name not in listed else "changed"
             return f"{checkpoint}: {name} is {state}"
     return None
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of the manifest itself, without this: a changed one is seen, a forged one is not."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def find_latest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:

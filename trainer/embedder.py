@@ -14,7 +14,7 @@ import numpy as np
 
 from launch.config import Model
 from launch.errors import UserError
-from trainer.model import ROLES, Role, load_model, max_length_of, prompt_of
+from trainer.model import ROLES, Role, load_model, max_length_of, prompt_of, tokenizer_settings
 
 if TYPE_CHECKING:
     import torch
@@ -158,13 +158,9 @@ def fingerprint(model: "SentenceTransformer") -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy())
-    tokenizer: Any = model.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    # Truncation and padding are those of the last call: lengths are among the facts, padding changes no vector.
-    settings = {**json.loads(backend.to_str()), "truncation": None, "padding": None} if backend else repr(tokenizer)
-    digest.update(json.dumps(settings).encode())
+    digest.update(json.dumps(tokenizer_settings(model)).encode())  # lengths are below, padding changes no vector
     facts = {role: (prompt_of(model, role), max_length_of(model, role)) for role in ROLES}
-    side = getattr(tokenizer, "truncation_side", None)
+    side = getattr(model.tokenizer, "truncation_side", None)
     digest.update(
         json.dumps([facts, side, [_module(module) for module in model]], sort_keys=True, default=str).encode()
     )

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from launch.config_evaluate import BATCH_TOKENS, Gate, Vectors
 from launch.errors import UserError, end_process
-from launch.files import write_json
+from launch.files import existing_above, write_json
 from launch.world import World, check_processes, read_world
 from launch.yaml12 import parse_yaml
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.seed < 0:
         raise UserError(f"--seed: got {arguments.seed}, allowed: 0 or more")
     gates = _gates(arguments)
-    if arguments.out and not next(p for p in (arguments.out, *arguments.out.absolute().parents) if p.exists()).is_dir():
+    if arguments.out and not existing_above(arguments.out).is_dir():
         raise UserError(f"--out: {arguments.out} is no folder and cannot be one")
     world = read_world()
     check_processes(world, "-m trainer.eval_cli MODEL --on SET")
@@ -62,7 +62,8 @@ def _evaluate(arguments: argparse.Namespace, gates: list[Gate], world: World) ->
     from accelerate import PartialState
 
     from trainer.embedder import ModelEmbedder, open_embedder
-    from trainer.evaluation import compare, examples, score, table
+    from trainer.evaluation import compare, examples, score
+    from trainer.figures import table
     from trainer.gates import judge_gates, require_gates
     from trainer.model import quiet_libraries
     from trainer.report import write_report

@@ -1,7 +1,7 @@
 """Retrieval quality: every metric of base and tuned model, at every dim and storage of one embedding pass.
 
 `score` embeds, searches and judges one model, `compare` turns scored models into evaluation.json (DESIGN: results,
-comparisons, tradeoffs), `examples` into evaluation_queries.json, `table` into text.
+comparisons, tradeoffs), `examples` into evaluation_queries.json.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from launch.errors import UserError
 from trainer import metrics
 from trainer.embed import embed, embed_share
 from trainer.retrieval import RetrievalSet
-from trainer.search import Found, bytes_per_vector, search_latency, search_stored
+from trainer.search import Found, search_latency, search_stored
 
 if TYPE_CHECKING:
     from launch.world import World
@@ -200,47 +200,6 @@ def examples(retrieval: RetrievalSet, scored: Mapping[str, Scored]) -> dict[str,
         "improved": [example(i) for i in improved],
         "hurt": [example(i) for i in hurt],
     }
-
-
-def table(evaluation: dict[str, Any]) -> str:
-    """Plain text of MAIN_METRIC: a line a set and dim (base, tuned, difference with interval and p), then a line a dim
-    and storage (bytes, milliseconds, share of full quality kept)."""
-
-    def chosen(kind: str, **wanted: Any) -> list[dict[str, Any]]:
-        fixed = {"metric": MAIN_METRIC, **wanted}
-        return [e for e in evaluation[kind] if all(e[key] == value for key, value in fixed.items())]
-
-    lines = []
-    for name, size in evaluation["sets"].items():
-        results = chosen("results", set=name, vectors="float32")
-        models = list(dict.fromkeys(e["model"] for e in results))
-        compared = {e["dim"]: e for e in chosen("comparisons", set=name)}
-        rows = [["dim", *models, *(["difference [95 % interval]", "p (Holm)", "wins/losses"] if compared else [])]]
-        for dim in sorted({e["dim"] for e in results}, reverse=True):
-            rows.append([str(dim), *(f"{e['value']:.4f}" for e in results if e["dim"] == dim)])
-            if e := compared.get(dim):
-                ends = f"[{e['ci95'][0]:+.4f}, {e['ci95'][1]:+.4f}]"
-                rows[-1] += [f"{e['difference']:+.4f} {ends}", format_p(e["p_holm"]), f"{e['wins']}/{e['losses']}"]
-        what = "" if name == "domain" else f" of the set {name}"
-        lines += [f"{MAIN_METRIC} over {size['queries']:,} queries and {size['documents']:,} documents{what}"]
-        lines += [*_aligned(rows), ""]
-    latency = {(e["vectors"], e["dim"]): f"{e['ms_per_query']:.3f}" for e in evaluation["latency"]}
-    last = evaluation["results"][-1]["model"]
-    results = chosen("results", set="domain", model=last)
-    rows = [["vectors", "dim", "bytes", "ms/search", MAIN_METRIC, "kept"]]
-    for e in results:
-        kept = f"{100 * e['value'] / results[0]['value']:.1f} %" if results[0]["value"] else "-"
-        key = (e["vectors"], e["dim"])
-        size = bytes_per_vector(e["dim"], e["vectors"])
-        rows.append([*map(str, key), str(size), latency.get(key, "-"), f"{e['value']:.4f}", kept])
-    lines += [f"what a vector costs and keeps ({last})", *_aligned(rows)]
-    lines += [f"gate {e['outcome']}: {e['gate']}: {e['found']}" for e in evaluation.get("gates", [])]
-    return "\n".join(lines)
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def format_p(p: float | None) -> str:

@@ -1,11 +1,12 @@
-"""What page and model card show of evaluation.json: base against tuned by dim, what each storage of vectors keeps.
+"""What page, model card and terminal show of evaluation.json: base against tuned by dim, what each storage keeps.
 
 An entry that lacks a key is read as the only choice that there was when it was left out: the domain's set, float32.
 """
 
 from typing import Any
 
-from trainer.evaluation import MAIN_METRIC
+from launch.config_evaluate import gate_line
+from trainer.evaluation import MAIN_METRIC, format_p
 from trainer.search import bytes_per_vector
 
 KEEPS = 0.95  # a smaller vector is good enough if it surely keeps this share of the full one's quality
@@ -58,6 +59,39 @@ def to_deploy(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The row of `stored` that takes least and surely keeps KEEPS of the full vectors' quality."""
     kept = [row for row in rows if row["kept95"] and row["kept95"][0] >= KEEPS]
     return min(kept, key=lambda row: (row["bytes"], -row["value"]), default=None)
+
+
+def table(evaluation: dict[str, Any]) -> str:
+    """Plain text of MAIN_METRIC: a line a set and dim (base, tuned, difference with interval and p), then a line a dim
+    and storage (bytes, milliseconds, share of full quality kept)."""
+    lines = []
+    for name, size in evaluation["sets"].items():
+        rows = rows_by_dim(evaluation, set=name)
+        models = [model for model in ("base", "tuned") if any(row[model] for row in rows)]
+        is_compared = any(row["difference"] is not None for row in rows)
+        cells = [["dim", *models, *(["difference [95 % interval]", "p (Holm)", "wins/losses"] if is_compared else [])]]
+        for row in rows:
+            cells.append([str(row["dim"]), *(f"{row[model]['value']:.4f}" for model in models)])
+            if is_compared:
+                change = "{:+.4f} [{:+.4f}, {:+.4f}]".format(row["difference"], *row["ci95"])
+                cells[-1] += [change, format_p(row["p_holm"]), f"{row['wins']}/{row['losses']}"]
+        what = "" if name == "domain" else f" of the set {name}"
+        lines += [f"{MAIN_METRIC} over {size['queries']:,} queries and {size['documents']:,} documents{what}"]
+        lines += [*_aligned(cells), ""]
+    vectors = stored(evaluation)
+    kinds = list(dict.fromkeys(entry["vectors"] for entry in evaluation["results"]))
+    cells = [["vectors", "dim", "bytes", "ms/search", MAIN_METRIC, "kept"]]
+    for row in sorted(vectors, key=lambda row: kinds.index(row["vectors"])):
+        kept = "-" if row["kept"] is None else f"{100 * row['kept']:.1f} %"
+        ms = "-" if row["ms"] is None else f"{row['ms']:.3f}"
+        cells.append([row["vectors"], str(row["dim"]), str(row["bytes"]), ms, f"{row['value']:.4f}", kept])
+    lines += [f"what a vector costs and keeps ({vectors[0]['model']})", *_aligned(cells)]
+    return "\n".join([*lines, *map(gate_line, evaluation.get("gates", []))])
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def _place(entry: dict[str, Any]) -> tuple[str, int]:

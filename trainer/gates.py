@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from launch.config_evaluate import Gate
+from launch.config_evaluate import PASSED, Gate, unmet
 from launch.errors import CheckFailed
 from trainer import metrics
 from trainer.evaluation import Scored, format_p
 
 _LEVEL = 0.05
-PASSED, FAILED, OPEN = "passed", "failed", "not decidable"
+FAILED, OPEN = "failed", "not decidable"
 
 
 def judge_gates(
@@ -48,8 +48,7 @@ def judge_gates(
 
 def require_gates(outcomes: Sequence[dict[str, Any]]) -> None:
     """Raise CheckFailed with a line for each gate that did not pass."""
-    lines = [f"gate {e['outcome']}: {e['gate']}: {e['found']}" for e in outcomes if e["outcome"] != PASSED]
-    if lines:
+    if lines := unmet(outcomes):
         raise CheckFailed("\n".join(lines))
 
 

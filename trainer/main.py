@@ -173,10 +173,11 @@ def _train(run: Run, prepared: Prepared, stop: Any) -> Any:
     from trainer.losses import build_loss
     from trainer.model import load_model
     from trainer.remote import newest_checkpoint
+    from trainer.tensorboard import FOLDER
     from trainer.trainer import ContrastiveTrainer
 
     config, run_dir, model = run.config, run.run_dir, prepared.model
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir / "tensorboard"))  # the Trainer's callback asks there
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir / FOLDER))  # the Trainer's callback asks there
     args = training_arguments(config, run_dir, run.world)
     check_live(args, run.world, config, prepared.facts)
 
@@ -321,7 +322,7 @@ def _evaluate(run: Run, tuned: Any, sets: Any) -> None:
 
 def _finish(run: Run, tuned: Any) -> None:
     """Bundle, verification and report; rank 0 only, after the process group is gone."""
-    from trainer.evaluation import table
+    from trainer.figures import table
     from trainer.gates import require_gates
     from trainer.report import write_report
     from trainer.run_record import now

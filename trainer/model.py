@@ -79,6 +79,15 @@ def max_length_of(model: SentenceTransformer, role: Role) -> int | None:
     return length if length and length < _UNLIMITED else None
 
 
+def tokenizer_settings(model: SentenceTransformer) -> Any:
+    """What decides how a text is cut into tokens, as a JSON value, but for the maximal lengths and the side of a cut.
+
+    Truncation and padding in the tokenizer itself are left from its last call.
+    """
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    return {**json.loads(backend.to_str()), "truncation": None, "padding": None} if backend else repr(model.tokenizer)
+
+
 def freeze_unused(model: SentenceTransformer) -> list[str]:
     """Freeze parameters that no embedding depends on, and return their names.
 

@@ -25,7 +25,7 @@ from data_tools.split import normalise
 from launch.config_data import Prompts
 from launch.errors import UserError
 from trainer.arrays import array_folder
-from trainer.model import ROLES, Role, max_length_of, prompt_of
+from trainer.model import ROLES, Role, max_length_of, prompt_of, tokenizer_settings
 
 FORMAT = 1
 _ROWS_AT_ONCE = 2048  # rows tokenised together: enough for all cores, a few MB of padding
@@ -164,13 +164,6 @@ def token_cache(
 def _facts(
     fingerprint: str, columns: Sequence[str], model: SentenceTransformer, parts: Sequence[Part]
 ) -> dict[str, Any]:
-    backend = getattr(model.tokenizer, "backend_tokenizer", None)
-    words = repr(model.tokenizer)
-    if backend is not None:
-        # Truncation and padding are left from the last call: the facts below say the lengths, and nothing is padded.
-        words = json.dumps(
-            {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
-        )
     module: Any = model[0]
     return {
         "format": FORMAT,
@@ -179,7 +172,7 @@ def _facts(
         "module": json.loads(json.dumps(module.get_config_dict(), default=str)),
         "data": fingerprint,
         "columns": list(columns),
-        "tokenizer": xxhash.xxh3_128_hexdigest(words.encode()),
+        "tokenizer": xxhash.xxh3_128_hexdigest(json.dumps(tokenizer_settings(model)).encode()),
         "max_length": {role: max_length_of(model, role) for role in ROLES},
         "prompts": [prompts for _, prompts in parts],
     }

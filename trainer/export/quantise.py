@@ -211,6 +211,7 @@ def choose_int8(
     ranges = activation_ranges(source, [row for row in shown if len(row[0])], whole)
     odd = np.arange(len(retrieval.queries)) % 2 == 1
     full = "float32", whole.width
+    reference = scored.by_metric[full][MAIN_METRIC]
     found = [_entry("fp32", source, _milliseconds(folder, "fp32"), scored, ~odd)]
     tried: dict[str, tuple[Any, Scored]] = {}
     for name, recipe in RECIPES.items():
@@ -223,7 +224,7 @@ def choose_int8(
         scores = score(quantised, retrieval, scored.dims, batch_tokens=BATCH_TOKENS, world=read_world({}))
         tried[name] = part, scores
         entry = _entry(name, target, _milliseconds(folder, "int8"), scores, ~odd)
-        loss = _loss(scored.by_metric[full][MAIN_METRIC], scores.by_metric[full][MAIN_METRIC], ~odd)
+        loss = _loss(reference, scores.by_metric[full][MAIN_METRIC], ~odd)
         if why is None and loss["share"] > most:
             why = f"loses {loss['share']:.2%}, allowed {most:.2%}"
         found.append(entry | {"loss": loss, "why": why})
@@ -247,7 +248,7 @@ def choose_int8(
         name = min(within, key=lambda entry: np.log([*entry["milliseconds"].values()]).mean())["recipe"]
         for entry in within:
             entry["why"] = "chosen" if entry["recipe"] == name else f"slower than {name}"
-        judged = _loss(scored.by_metric[full][MAIN_METRIC], tried[name][1].by_metric[full][MAIN_METRIC], odd)
+        judged = _loss(reference, tried[name][1].by_metric[full][MAIN_METRIC], odd)
         low, high = judged["ci95"]
         outcome = "passed" if high <= most else "failed" if low > most else "not decidable"
         facts |= {"chosen": name, "outcome": outcome, "judged": judged}
