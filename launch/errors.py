@@ -6,6 +6,7 @@
 
 import atexit
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -56,6 +57,10 @@ def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], 
         return EXIT_DONE
     except KeyboardInterrupt:
         code, message = 130, "stopped by Ctrl-C"
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        code, message = EXIT_USER, f"{error.filename}: {error.strerror}; allowed: a path that this disk can have"
     if speaks:
         print("\n".join(f"nestling: {line}" for line in message.splitlines()), file=sys.stderr, flush=True)
     return code

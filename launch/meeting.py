@@ -1,7 +1,8 @@
 """Nodes meet before each start of a run: all have come, all are equal, and they agree on what they start.
 
 Node 0 listens, the others come; each says what it has as one line of JSON, node 0 compares and answers all alike. A
-node that leaves for good with an error says so there, so that the others do not wait for it.
+node that leaves for good with an error says so there, so that the others do not wait for it; one whose part is done
+waits there for node 0, which evaluates and exports on: if that must begin again, it needs all.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.errors import EXIT_USER, Preempted, UserError
+from launch.errors import EXIT_DONE, EXIT_USER, Preempted, UserError
 
 LONGEST_LINE = 100_000  # bytes; facts are a few hundred
 CLOCKS = 10.0  # seconds that clocks may differ: object stores refuse requests at 900
@@ -45,7 +46,8 @@ def meet(
     """Facts of node 0 with the lowest `budget` of all. Every node must call, node 0 at `address`.
 
     facts["same"] must be equal on all nodes, key by key; facts["end"] and facts["why"] say that a node leaves, with
-    which exit code. `shared` is a folder that all must see, where node 0 puts a file for as long as they meet.
+    which exit code. EXIT_DONE says that its part is done: node 0's is the run's, and the answer's "end" then; where it
+    is None, all begin. `shared` is a folder that all must see, where node 0 puts a file for as long as they meet.
 
     Raises UserError where nodes differ, Left where one leaves, NotMet where they do not come within `seconds`, and
     Preempted where this node is stopped meanwhile.
@@ -58,8 +60,10 @@ def meet(
         answer = _receive(nodes, address[1], facts, end, is_stopped, shared)
     if answer["end"] == EXIT_USER and answer.get("differ"):
         raise UserError(answer["why"])
-    if answer["end"] is not None:
+    if answer["end"]:
         raise Left(answer["end"], answer["why"])
+    if answer["end"] == EXIT_DONE != facts["end"]:
+        raise Left(EXIT_DONE, "node 0 has finished the run")
     return answer
 
 
@@ -136,7 +140,7 @@ def _is_of(facts: dict[str, Any], own: dict[str, Any], nodes: int) -> bool:
 
 def _verdict(own: dict[str, Any], others: dict[int, dict[str, Any]], shared: Path | None) -> dict[str, Any]:
     everyone = {0: own, **others}
-    leaving = {rank: facts for rank, facts in everyone.items() if facts["end"] is not None}
+    leaving = {rank: facts for rank, facts in everyone.items() if facts["end"]}
     if leaving:
         rank, facts = min(leaving.items(), key=lambda item: (-item[1]["end"], item[0]))
         return {"end": facts["end"], "why": f"node {rank} has left with exit code {facts['end']}: {facts['why']}"}

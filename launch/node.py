@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from launch.config_launch import PORT
 from launch.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, UserError
 from launch.files import digest_of, sha256_of
 from launch.meeting import Left, NotMet, meet
-from launch.supervise import Round, supervise
+from launch.supervise import Stops, supervise
 
 ROOT = Path(__file__).resolve().parents[1]
 USAGE = (
@@ -49,6 +49,7 @@ PLATFORMS: dict[str, dict[str, str]] = {
     | dict(head="AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS", attempt="AWS_BATCH_JOB_ATTEMPT"),
     "RunPod": dict(rank="NODE_RANK", nodes="NUM_NODES", gpus="NUM_TRAINERS", head="MASTER_ADDR", port="MASTER_PORT"),
 }
+Agree = Callable[..., dict[str, Any]]  # of facts, whether this node was told to stop, seconds
 _SAME_VERSIONS = ("torch", "transformers", "sentence-transformers", "accelerate", "deepspeed")
 _EDGE = 1 << 20  # bytes at either end of a data file that its fingerprint reads
 
@@ -85,19 +86,27 @@ def main(words: Sequence[str]) -> int:
     if here.nodes > 1 and config.checkpoint.remote is None:
         shared = reader.run_directory(config, given.run_file).absolute().parent
 
-    def agree(budget: int | None, is_stopped: Any, facts: Any = None, seconds: float = given.wait) -> int | None:
-        facts = {"budget": budget, "same": {"job": here.job}, **(facts or {})}
-        address = here.head, here.port
-        return meet(here.nodes, here.rank, address, facts, seconds, is_stopped, shared)["budget"]
+    same: dict[str, Any] = {"job": here.job}
+    agreed: list[int | None] = []  # the budget of a start that nodes agreed on when they met at an end
+
+    def agree(facts: dict[str, Any], is_stopped: Callable[[], bool], seconds: float = given.wait) -> dict[str, Any]:
+        return meet(here.nodes, here.rank, (here.head, here.port), {"same": same, **facts}, seconds, is_stopped, shared)
+
+    def before(budget: int | None, is_stopped: Callable[[], bool]) -> int | None:
+        return agreed.pop() if agreed else agree({"budget": budget}, is_stopped)["budget"]
 
     try:
         check_node(here)
         preflight.require_preflight(config, given.run_file)
-        same = same_everywhere(here, config)
-        before: Round | None = None
-        if here.nodes > 1:
-            before = lambda budget, is_stopped: agree(budget, is_stopped, {"same": same})  # noqa: E731
-        code = supervise(command(here, given), before=before)
+        same |= same_everywhere(here, config)
+        while True:
+            code = supervise(command(here, given), before=before if here.nodes > 1 else None)
+            if code != EXIT_DONE or here.nodes == 1:
+                break
+            answer = _meet_at_the_end(here, agree, given.wait)
+            if answer["end"] == EXIT_DONE:
+                break
+            agreed.append(answer["budget"])
     except (Left, NotMet) as error:
         _say(str(error))
         return getattr(error, "code", EXIT_CRASH)
@@ -112,12 +121,25 @@ def main(words: Sequence[str]) -> int:
     return code
 
 
-def _leave(here: Nodes, agree: Any, code: int, why: str) -> None:
+def _meet_at_the_end(here: Nodes, agree: Agree, wait: float) -> dict[str, Any]:
+    """Wait until node 0 has finished the run, or begins again, and with it all."""
+    if here.rank:
+        _say(f"done; waiting up to {wait:.0f} s for node 0, which evaluates and exports")
+    try:
+        with Stops() as stops:
+            # The others wait for node 0 already.
+            return agree({"end": EXIT_DONE}, lambda: stops.came, wait if here.rank else here.grace + 60)
+    except (NotMet, errors.Preempted):
+        _say("not all nodes are seen to be done; this one is")
+        return {"end": EXIT_DONE}
+
+
+def _leave(here: Nodes, agree: Agree, code: int, why: str) -> None:
     """Tell the others, which would wait, that this node does not come again."""
     if here.nodes > 1:
         with suppress(Left, NotMet, UserError, errors.Preempted):
             # Ranks of others may take their grace to end.
-            agree(None, bool, {"end": code, "why": why.partition("\n")[0]}, seconds=here.grace + 60)
+            agree({"end": code, "why": why.partition("\n")[0]}, bool, here.grace + 60)
 
 
 def _arguments(words: Sequence[str]) -> argparse.Namespace:

@@ -118,7 +118,7 @@ def resolve_model_path(path: str) -> str:
     """
     if path.startswith("package:"):
         return str(_model_folder(_package_folder(path), path))
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))  # Path.expanduser raises for a user that is not there
     if local.exists():
         return str(_model_folder(local, path))
     looks_local = path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1 or "\\" in path
@@ -134,7 +134,7 @@ def resolve_model_path(path: str) -> str:
 
 def _package_folder(path: str) -> Path:
     package, _, inner = path.removeprefix("package:").partition("/")
-    if not package.isidentifier():
+    if not package.isidentifier() or package == "__main__":
         raise UserError(f"model.path: got {path!r}, allowed: package:PACKAGE/FOLDER, PACKAGE without dots")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:

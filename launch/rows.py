@@ -62,7 +62,10 @@ def saved_folder(path: Path, split: str) -> Path:
     """Where the rows of a saved data set lie, of a DatasetDict those of `split`. Raises UserError if it has none."""
     if not (path / "dataset_dict.json").is_file():
         return path
-    splits = read_json(path / "dataset_dict.json")["splits"]
+    found = read_json(path / "dataset_dict.json")
+    splits = found.get("splits") if isinstance(found, dict) else None
+    if not isinstance(splits, list):
+        raise UserError(f"{path / 'dataset_dict.json'}: names no splits; save the data set again")
     if split not in splits:
         raise UserError(f"{path}: has no split {split!r}; allowed: {', '.join(splits)}")
     return path / split

@@ -54,7 +54,7 @@ def supervise(command: Sequence[str], pause: float = PAUSE, before: Round | None
     command, config, run_dir = _read(command)
     budget: int | None = None
     crashes, last = 0, _newest(run_dir)
-    with _Stops() as stops:
+    with Stops() as stops:
         while True:
             if before:
                 budget = before(budget, lambda: stops.came)
@@ -99,7 +99,7 @@ def _read(command: Sequence[str]) -> tuple[list[str], RunConfig, Path]:
     return words, config, run_dir
 
 
-class _Stops:
+class Stops:
     """Signals to stop, passed on to the workers that have begun, to the launcher where none has."""
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class _Stops:
         self.launcher: subprocess.Popen[bytes] | None = None
         self.folder = Path()
 
-    def __enter__(self) -> "_Stops":
+    def __enter__(self) -> "Stops":
         self._before = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
         return self
 
@@ -132,7 +132,7 @@ class _Stops:
         return self.came
 
 
-def _start(words: Sequence[str], stops: _Stops, grace: float) -> int:
+def _start(words: Sequence[str], stops: Stops, grace: float) -> int:
     """Run a launcher to its end; the worst code that a worker left, a crash where none says more."""
     with tempfile.TemporaryDirectory(prefix="nestling-") as folder:
         stops.folder = Path(folder)

@@ -93,6 +93,13 @@ def test_check(folder: Path) -> None:
     )
 
 
+def test_a_path_that_no_disk_can_have_is_one_line(folder: Path) -> None:
+    for words in (["check", "run.yaml", f"model.path=./{300 * 'a'}"], ["export", 300 * "a", "--out", "out"]):
+        done = _run(*NESTLING, *words, folder=folder)
+        assert done.returncode == 2, done.stderr
+        assert len(done.stderr.splitlines()) == 1 and ": File name too long; allowed: a path" in done.stderr
+
+
 def test_programs_get_their_arguments_and_keep_their_exit_code(folder: Path) -> None:
     # A folder of this name must not be taken for nestling's own package.
     (folder / "trainer").mkdir()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,17 @@ def test_a_node_that_leaves_takes_the_others_along() -> None:
     assert [error.code for error in got if isinstance(error, Left)] == [EXIT_CHECK] * 3
 
 
+def test_nodes_end_when_node_0_is_done_and_begin_again_together() -> None:
+    got = _meet([_facts(end=EXIT_DONE), _facts(end=EXIT_DONE)])
+    assert [answer["end"] for answer in got] == [EXIT_DONE] * 2
+    done, late = _meet([_facts(end=EXIT_DONE), _facts()])  # whatever came between, the run is finished
+    assert done["end"] == EXIT_DONE and isinstance(late, Left) and late.code == EXIT_DONE
+    got = _meet([_facts(), _facts(end=EXIT_DONE), _facts(budget=64)])
+    assert [(answer["end"], answer["budget"]) for answer in got] == [(None, 64)] * 3
+    got = _meet([_facts(end=EXIT_CHECK, why="a gate"), _facts(end=EXIT_DONE)])
+    assert [error.code for error in got if isinstance(error, Left)] == [EXIT_CHECK] * 2
+
+
 def test_nodes_that_do_not_come() -> None:
     with pytest.raises(NotMet, match=r"node 1, 2 of 3 did not come in time"):
         meet(3, 0, ("127.0.0.1", free_port()), _facts(), 0.5)
@@ -321,3 +333,29 @@ def test_a_node_that_cannot_start_ends_the_other(tmp_path: Path) -> None:
         _, err = process.communicate(timeout=60)
         codes.append((process.returncode, "ib7" in err))
     assert codes == [(EXIT_USER, True), (EXIT_USER, True)]
+
+
+@pytest.mark.slow
+def test_a_crash_of_node_0_in_its_export_begins_again_with_the_others(tmp_path: Path) -> None:
+    """Others have ended their part then, and nothing but this meeting could bring them back."""
+    run_file, port = _run_file(tmp_path, dropout=0.0), free_port()
+    nodes = _both(run_file, port, "train.max_steps=5", "export={}")
+
+    def ranks(number: int) -> list[psutil.Process]:
+        found = []
+        for one in psutil.Process(nodes[number].pid).children(recursive=True):
+            with suppress(psutil.Error):  # it has ended meanwhile
+                found += [one] if one.environ().get("RANK") == str(number) else []
+        return found
+
+    for is_there in (True, False):  # until the second node's rank has begun, and ended
+        while bool(ranks(1)) is not is_there:
+            assert nodes[0].poll() is None, nodes[0].communicate()
+            time.sleep(0.05)
+    assert not (tmp_path / "run/bundle").exists()
+    ranks(0)[0].kill()
+    for process in nodes:
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == EXIT_DONE, out + err
+        assert ("the run crashed; restart 1" in err) is (process is nodes[0]) and "not all nodes" not in err, err
+    assert (tmp_path / "run/bundle/manifest.json").exists()

@@ -145,6 +145,8 @@ def test_the_command(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [one["engine"] for one in found["engines"]] == list(plan.ENGINES)
     assert found["fastest_that_fits"] in plan.ENGINES and found["price"] == pytest.approx(found["hours"] * 6)
     assert found["model_flops_per_step"] < found["flops_per_step"]
+    assert plan.main([*words[:-1], "0"]) == 0
+    assert "hours, 0.00 in the currency of --price-per-hour" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -152,6 +154,8 @@ def test_the_command(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         (["--gpu", "h10"], "--gpu: got 'h10', allowed: h200, h100, .*; did you mean h100"),
         (["--gpu", "h100", "--gpus", "0"], "--gpus: allowed: 1 or more"),
+        (["--gpu", "h100", "--network", "nan"], "--network: above 0"),
+        (["--gpu", "h100", "--price-per-hour", "-1"], "--price-per-hour: 0 or more"),
         (["--gpu", "t4", "loss.name=CoSENTLoss"], "loss: got CoSENTLoss in sentence-transformers' own code"),
     ],
 )

