@@ -202,7 +202,7 @@ def ours(bench: Bench, tokens: int, graph_memory: float | str, repeats: int) -> 
     exact = ExactStep(config, model, Tokenised(bench.cache, order), World(0, 0, 1, 1, 1), bool)
 
     def step(number: int) -> object:
-        return exact.run(model, exact.steps[number, 0]["batch"], lambda surrogate: surrogate.backward())
+        return exact.run(model, exact.steps[number]["batch"], lambda surrogate: surrogate.backward())
 
     bench.steps(model, result, step, repeats)
     result.extra = bench.peak() - before
@@ -236,7 +236,7 @@ def _expected(bench: Bench, model: "SentenceTransformer", exact: "ExactStep") ->
     from trainer.memory import saved_bytes
     from trainer.tokens import Padder
 
-    shape, batch = bench.shape, exact.steps[0, 0]["batch"]
+    shape, batch = bench.shape, exact.steps[0]["batch"]
     plan: Plan = batch.plan
     padded = plan.padded[0]
     texts = plan.micro_batches(0)[int(padded.argmax())]

@@ -75,7 +75,7 @@ def test_steps_mask_what_rows_and_table_say(tmp_path: Path) -> None:
     for known in (None, _table(pairs, tmp_path)):
         plan = partial(make_plan, world_size=2)
         steps = Steps(_cache(texts), order, plan, 64, known)
-        shares.append(steps[0, 0]["batch"].plan.masked_share)
+        shares.append(steps[0]["batch"].plan.masked_share)
         right = {(row[0], row[1]) for row in texts} | ({(a.lower(), p.lower()) for a, p in pairs} if known else set())
         left_out = sum((row[0], text) in right for row in texts for other in texts for text in other[1:]) - len(texts)
         assert shares[-1] == pytest.approx(left_out / (24 * 47))

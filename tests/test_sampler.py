@@ -3,12 +3,10 @@
 import time
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset
 
-from trainer.sampler import DataOrder, StepNumbers, permute, share_out
+from trainer.sampler import DataOrder, permute, share_out
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**32))
@@ -149,20 +147,3 @@ def test_weights_over_a_billion_rows_need_no_index() -> None:
     seen = [order.rows_of_step(10**6, step) for step in (0, 99_999)]
     assert time.process_time() - started < 2.0
     assert all(len(np.unique(rows)) == 65_536 and rows.max() < 10**9 + 70_000 + 3 * 10**8 for rows in seen)
-
-
-class _Numbers(Dataset[tuple[int, int]]):
-    def __getitem__(self, index: tuple[int, int]) -> dict[str, tuple[int, int]]:  # type: ignore[override]
-        return {"number": index}
-
-
-@pytest.mark.parametrize("skipped", [0, 2])
-def test_the_trainers_loop_reaches_the_epoch_and_skips_numbers_only(skipped: int) -> None:
-    from accelerate import skip_first_batches
-
-    loader = DataLoader(_Numbers(), batch_sampler=StepNumbers(4), collate_fn=lambda batch: batch[0]["number"])  # type: ignore[arg-type]
-    assert len(loader) == 4
-    loader = skip_first_batches(loader, skipped) if skipped else loader
-    loader.batch_sampler.batch_sampler.set_epoch(3)  # type: ignore[union-attr]  # what Trainer._run_epoch does
-    assert list(loader) == [(3, step) for step in range(skipped, 4)]
-    assert list(loader) == [(3, step) for step in range(skipped, 4)]

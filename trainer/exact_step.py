@@ -271,7 +271,7 @@ class ExactStep:
         sums = torch.zeros(1 + len(self._objective.dims), dtype=torch.float64, device=device)
         self._model.eval()
         for number in range(len(steps)):
-            batch = steps[0, number]["batch"]
+            batch = steps[number]["batch"]
             features = BatchFeatures(data.cache, self._padder, batch.rows, device, self._apart)
             loss = step.loss(batch.plan, features)
             sums += torch.cat([loss.value[None], loss.by_dim])

@@ -1,11 +1,11 @@
 """What the exact step reads: for each step number its plan and its texts, sliced from the token cache.
 
-A plain DataLoader over step numbers: nothing shards it again, every rank makes the same plan, and a resume that walks
-over done steps reads no row.
+A plain DataLoader over step numbers: nothing shards it again, every rank makes the same plan, and a resume begins at
+its step.
 """
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from launch.errors import ignore_stops, signal_at_parents_end
 from trainer.batching import Plan
 from trainer.known import KnownPositives
 from trainer.model import Role
-from trainer.sampler import DataOrder, StepNumbers
+from trainer.sampler import DataOrder
 from trainer.tokens import Padder, TokenCache, role_of
 
 
@@ -33,7 +33,8 @@ class Batch:
 
 
 class Steps(Dataset[dict[str, Batch]]):
-    """Plans by (epoch, step); pure in its arguments and its budget, so loader workers may make them ahead."""
+    """Plans by step since the run began, as long as an epoch; pure in its arguments and its budget, so that loader
+    workers may make them ahead."""
 
     def __init__(
         self,
@@ -50,12 +51,11 @@ class Steps(Dataset[dict[str, Batch]]):
     def __len__(self) -> int:
         return self._order.steps_per_epoch
 
-    def __getitem__(self, number: tuple[int, int]) -> dict[str, Batch]:
+    def __getitem__(self, number: int) -> dict[str, Batch]:
         import time
 
         start = time.perf_counter()
-        epoch, step = number
-        rows = self._order.rows_of_step(epoch, step)
+        rows = self._order.rows_of_step(*divmod(number, len(self)))
         text_ids = self._cache.text_id[rows]
         plan = self._plan(
             self._cache.token_id[rows],
@@ -65,29 +65,30 @@ class Steps(Dataset[dict[str, Batch]]):
             known=self._known and self._known.of(text_ids[:, 0]),
         )
         seconds = time.perf_counter() - start
-        number_of_all = epoch * self._order.steps_per_epoch + step
-        return {"batch": Batch(plan, rows, number_of_all, self.micro_batch_tokens, seconds)}
+        return {"batch": Batch(plan, rows, number, self.micro_batch_tokens, seconds)}
 
     def with_this_budget(self, batch: Batch) -> Batch:
         """The batch, planned again if it was planned with a larger budget than this."""
         if batch.micro_batch_tokens <= self.micro_batch_tokens:
             return batch
-        return self[divmod(batch.step, len(self))]["batch"]
+        return self[batch.step]["batch"]
 
 
-def step_loader(steps: Steps, workers: int, done: int = 0) -> DataLoader[dict[str, Batch]]:
-    """The Trainer's loader: batches are dicts without the key `labels`, one per step.
+def batches_of(steps: Steps, first: int, end: int, workers: int) -> Iterator[dict[str, Batch]]:
+    """Batches of the steps from `first` to before `end`, of all epochs: loader workers end with the iterator.
 
-    The Trainer drops the first `done` steps of the first epoch that it asks for.
+    They are dicts without the key `labels`, as the Trainer wants them.
     """
-    return DataLoader(
+    loader = DataLoader(
         steps,
-        batch_sampler=StepNumbers(len(steps), done),
-        collate_fn=_only,
+        batch_size=None,
+        sampler=range(first, end),
         num_workers=workers,
         worker_init_fn=_end_with_rank,
         prefetch_factor=2 if workers else None,
+        generator=torch.Generator(),  # of seeds that nothing uses; torch's own is the run's
     )
+    return iter(loader)
 
 
 def _end_with_rank(_: int) -> None:
@@ -98,11 +99,6 @@ def _end_with_rank(_: int) -> None:
     """
     ignore_stops()
     signal_at_parents_end(signal.SIGKILL)
-
-
-def _only(items: list[dict[str, Batch]]) -> dict[str, Batch]:
-    (item,) = items
-    return item
 
 
 class BatchFeatures:

@@ -6,8 +6,7 @@ permutation of exactly `size` numbers by cycle walking (Black and Rogaway, 2002)
 """
 
 import hashlib
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -102,29 +101,3 @@ class DataOrder:
         number, within = divmod(epoch * self.batches[source] + batch, size // self.global_batch_size)
         positions = within * self.global_batch_size + np.arange(self.global_batch_size)
         return sum(self.sizes[:source]) + permute(positions, size, self.seed, number, source)
-
-
-class StepNumbers:
-    """Batch sampler of a plain DataLoader over steps: each batch is one number, `(epoch, step)`.
-
-    An iteration always begins at the epoch's first step: on a resume the Trainer drops those that are done, one by one.
-    Of these, the first `done` of the first iteration, nothing is made: a million take hundredths of a second.
-    """
-
-    # The Trainer reaches `set_epoch` at `dataloader.batch_sampler.batch_sampler` only.
-    batch_sampler = property(lambda self: self)
-
-    def __init__(self, steps_per_epoch: int, done: int = 0) -> None:
-        self._steps, self._done = steps_per_epoch, done
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration belongs to."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return self._steps
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        done, self._done = self._done, 0
-        return itertools.chain(itertools.repeat([], done), ([(self._epoch, step)] for step in range(done, self._steps)))

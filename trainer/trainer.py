@@ -35,7 +35,7 @@ from launch.world import engine_asked_for, read_world
 from trainer import checkpoint, collectives, watch
 from trainer.exact_step import ExactStep
 from trainer.gradcache import STOP_ASKED, StepAbandoned
-from trainer.loader import step_loader
+from trainer.loader import batches_of
 from trainer.losses import LossByDim
 from trainer.memory import MemoryRanOut, say
 from trainer.metrics_log import StepLog
@@ -99,7 +99,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         # Whole weights are saved from here, because the engine takes `model` apart and training changes it meanwhile.
         self._plain = copy.deepcopy(model) if args.process_index == 0 else None
         self._optimizer_state: Any = None
-        self._resumed_at = 0
+        self._batches: Any = None
+        self._planned_for = 0
         self._remote = remote
         self._writer = checkpoint.Writer(run_dir, config.checkpoint.keep, remote)
         super().__init__(
@@ -127,15 +128,23 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         """None: the library's model card reads data and asks the hub; the bundle writes its own."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The loader of an epoch; not prepared by accelerate for the exact step, which would shard it again."""
-        if self._exact is None:
-            return super().get_train_dataloader()
-        steps = self._exact.steps
-        return step_loader(steps, self.args.dataloader_num_workers, self._resumed_at % len(steps))
+        """The loader of an epoch; of the exact step its length alone, by which the Trainer counts.
+
+        Accelerate would count through all that a resume skips (40 ms a million), and stop loader workers every epoch.
+        """
+        self._batches = None
+        return super().get_train_dataloader() if self._exact is None else DataLoader(self._exact.steps)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The next batch, which a loader worker may be making."""
         watch.at("data", self.state.global_step + 1)
+        if self._exact is not None:
+            steps = self._exact.steps
+            if self._batches is None or self._planned_for != steps.micro_batch_tokens:  # workers know the former budget
+                ends = self.state.global_step, self.state.max_steps
+                self._batches = batches_of(steps, *ends, self.args.dataloader_num_workers)
+                self._planned_for = steps.micro_batch_tokens
+            epoch_iterator = self._batches
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(
@@ -180,7 +189,6 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
 
         Then a checkpoint of the last whole step is there, if there was one.
         """
-        self._resumed_at = checkpoint.step_of(resume) if resume else 0
         try:
             self.train(resume_from_checkpoint=str(resume) if resume else None)
         except Stopped:
@@ -189,6 +197,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
                 self._finish_checkpoints()
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes what logs are written to
             return True
+        finally:
+            self._batches = None  # loader workers end
         self._finish_checkpoints()
         return bool(collectives.highest(int(self._stop_asked()), self.args.device))
 
