@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from data_tools.shards import MANIFEST, read_manifest
-from launch.errors import UserError
+from launch.errors import EXIT_CRASH, EXIT_USER, UserError
 from launch.files import exclusive, list_files, new_file, sha256_of
 from launch.preflight import require_extra
 from launch.rows import SUFFIXES
@@ -35,9 +35,13 @@ Version = dict[str, str]  # of an object, as the store names it: e_tag, or gener
 class Failed(UserError):
     """What may succeed when it is tried again."""
 
+    code = EXIT_CRASH
+
 
 class Damaged(Failed):
     """What the store has is not what was uploaded: an object is missing, or its size or checksum differs."""
+
+    code = EXIT_USER
 
 
 def read_object(url: str, name: str) -> bytes | None:

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,7 +28,12 @@ EXIT_CODES = "NESTLING_EXIT_CODES"  # names the folder where `nestling supervise
 
 
 class UserError(Exception):
-    """Something the user can mend. Each line of the message says what, what was got, what is allowed."""
+    """Something the user can mend. Each line of the message says what, what was got, what is allowed.
+
+    One that may succeed when it is tried again has the `code` of a crash, after which `nestling supervise` does.
+    """
+
+    code = EXIT_USER
 
 
 class CheckFailed(Exception):
@@ -49,7 +55,7 @@ def exit_code(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], 
         sys.stdout.flush()
         return code
     except UserError as error:
-        code, message = EXIT_USER, str(error)
+        code, message = error.code, str(error)
     except CheckFailed as error:
         code, message = EXIT_CHECK, str(error)
     except BrokenPipeError:  # the reader of a pipe, for example `head`, has left
@@ -74,11 +80,10 @@ def end_process(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     """
     for number in (signal.SIGUSR1, signal.SIGUSR2):  # which a launcher under the supervisor ignores
         signal.signal(number, signal.SIG_DFL)
-    if folder := os.environ.get(EXIT_CODES):
-        Path(folder, f"pid.{os.environ.get('RANK', '0')}").write_text(str(os.getpid()))
+    leave_word("pid.", str(os.getpid()))
     if _is_launched():
         signal_at_parents_end(signal.SIGUSR2)
-    is_agreed = True
+    is_agreed, waits = True, not speaks
     try:
         code = exit_code(main, argv, speaks)
     except Preempted as error:
@@ -87,8 +92,8 @@ def end_process(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
             print(f"nestling: {error}", file=sys.stderr, flush=True)
     except Exception:
         traceback.print_exc()
-        code = EXIT_CRASH
-    if code in (EXIT_USER, EXIT_CHECK) and not speaks:
+        code, waits = EXIT_CRASH, False
+    if waits and code in (EXIT_USER, EXIT_CHECK, EXIT_CRASH):
         ignore_stops()  # the launcher sends one as soon as the rank that speaks has ended
         time.sleep(SPEAKING)
     leave(code, is_agreed)
@@ -103,9 +108,15 @@ def leave(code: int, is_agreed: bool = True) -> NoReturn:
     atexit._run_exitfuncs()  # pyright: ignore[reportAttributeAccessIssue]
     sys.stdout.flush()
     sys.stderr.flush()
-    if folder := os.environ.get(EXIT_CODES):
-        Path(folder, os.environ.get("RANK", "0")).write_text(str(code))
+    leave_word("", str(code))
     os._exit(EXIT_DONE if code == EXIT_PREEMPTED and is_agreed and _is_launched() else code)
+
+
+def leave_word(name: str, word: str) -> None:
+    """Tell the supervisor, if there is one, something of this rank: "pid.", "memory." or "", its exit code."""
+    if folder := os.environ.get(EXIT_CODES):
+        with suppress(FileNotFoundError):  # the supervisor has ended
+            Path(folder, f"{name}{os.environ.get('RANK', '0')}").write_text(word)
 
 
 def ignore_stops() -> None:

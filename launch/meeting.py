@@ -99,6 +99,8 @@ def _receive(
             file.touch()
             links.callback(file.unlink, missing_ok=True)
         while len(came) < nodes - 1:
+            if own["end"] is not None and time.monotonic() > end:  # those who came are to know
+                break
             missing = [str(rank) for rank in range(1, nodes) if rank not in came]
             _look(end, is_stopped, f"node {', '.join(missing)} of {nodes} did not come")
             ready, _, _ = select.select([listener, *strangers, *(lines for lines, _ in came.values())], [], [], _TURN)
@@ -139,6 +141,8 @@ def _is_of(facts: dict[str, Any], own: dict[str, Any], nodes: int) -> bool:
 
 
 def _verdict(own: dict[str, Any], others: dict[int, dict[str, Any]], shared: Path | None) -> dict[str, Any]:
+    if own["end"] == EXIT_DONE:  # whatever came after that
+        return own
     everyone = {0: own, **others}
     leaving = {rank: facts for rank, facts in everyone.items() if facts["end"]}
     if leaving:

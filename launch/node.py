@@ -9,6 +9,7 @@ world twice, without an error. The exit code is the run's (launch/errors.py); 75
 import argparse
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -26,9 +27,9 @@ from launch import errors, preflight, reader
 from launch.config import RunConfig
 from launch.config_launch import PORT
 from launch.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, UserError
-from launch.files import digest_of, sha256_of
+from launch.files import digest_of, read_json, sha256_of
 from launch.meeting import Left, NotMet, meet
-from launch.supervise import Stops, supervise
+from launch.supervise import Stops, code_of, finished, supervise
 
 ROOT = Path(__file__).resolve().parents[1]
 USAGE = (
@@ -49,7 +50,6 @@ PLATFORMS: dict[str, dict[str, str]] = {
     | dict(head="AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS", attempt="AWS_BATCH_JOB_ATTEMPT"),
     "RunPod": dict(rank="NODE_RANK", nodes="NUM_NODES", gpus="NUM_TRAINERS", head="MASTER_ADDR", port="MASTER_PORT"),
 }
-Agree = Callable[..., dict[str, Any]]  # of facts, whether this node was told to stop, seconds
 _SAME_VERSIONS = ("torch", "transformers", "sentence-transformers", "accelerate", "deepspeed")
 _EDGE = 1 << 20  # bytes at either end of a data file that its fingerprint reads
 
@@ -82,64 +82,91 @@ def main(words: Sequence[str]) -> int:
     _say(str(here))
     for name in [name for name in os.environ if name.startswith("PET_")]:
         del os.environ[name]  # torchrun's; accelerate reads some of them
-    shared = None
-    if here.nodes > 1 and config.checkpoint.remote is None:
-        shared = reader.run_directory(config, given.run_file).absolute().parent
+    run_dir = reader.run_directory(config, given.run_file, "--fresh" in given.words)
+    if "--fresh" in given.words:  # once, not at every start
+        given.words = [*(word for word in given.words if word != "--fresh"), f"train.run_dir={run_dir}"]
+    with Stops() as stops:
+        if here.nodes == 1:
+            check_node(here)
+            preflight.require_preflight(config, given.run_file)
+            return supervise(command(here, given), entered=stops)
+        if _is_finished(run_dir, config):
+            _say(f"{run_dir} holds this run, which is finished")
+            return code_of(run_dir)
+        shared = run_dir.absolute().parent if config.checkpoint.remote is None else None
+        try:
+            return _as_one_of_many(here, given, config, _Meetings(here, given.wait, stops, shared))
+        except (Left, NotMet) as error:
+            _say(str(error))
+            return getattr(error, "code", EXIT_CRASH)
+        except errors.Preempted as error:
+            _say(str(error))
+            return EXIT_PREEMPTED
 
-    same: dict[str, Any] = {"job": here.job}
-    agreed: list[int | None] = []  # the budget of a start that nodes agreed on when they met at an end
 
-    def agree(facts: dict[str, Any], is_stopped: Callable[[], bool], seconds: float = given.wait) -> dict[str, Any]:
-        return meet(here.nodes, here.rank, (here.head, here.port), {"same": same, **facts}, seconds, is_stopped, shared)
-
-    def before(budget: int | None, is_stopped: Callable[[], bool]) -> int | None:
-        return agreed.pop() if agreed else agree({"budget": budget}, is_stopped)["budget"]
-
+def _as_one_of_many(here: Nodes, given: argparse.Namespace, config: RunConfig, meetings: "_Meetings") -> int:
     try:
         check_node(here)
         preflight.require_preflight(config, given.run_file)
-        same |= same_everywhere(here, config)
-        while True:
-            code = supervise(command(here, given), before=before if here.nodes > 1 else None)
-            if code != EXIT_DONE or here.nodes == 1:
-                break
-            answer = _meet_at_the_end(here, agree, given.wait)
-            if answer["end"] == EXIT_DONE:
-                break
-            agreed.append(answer["budget"])
-    except (Left, NotMet) as error:
-        _say(str(error))
-        return getattr(error, "code", EXIT_CRASH)
-    except errors.Preempted as error:
-        _say(str(error))
-        return EXIT_PREEMPTED
+        meetings.same |= same_everywhere(here, config)
+        code = EXIT_DONE
+        while code == EXIT_DONE and not meetings.is_over:
+            code = supervise(command(here, given), before=meetings.before, entered=meetings.stops)
+            if code == EXIT_DONE:
+                meetings.at_the_end()
     except UserError as error:
-        _leave(here, agree, errors.EXIT_USER, str(error))
+        meetings.leave(error.code, str(error))
         raise
-    if code not in (EXIT_DONE, EXIT_PREEMPTED):
-        _leave(here, agree, code, "see its log")
+    if code != EXIT_DONE:
+        meetings.leave(code, "see its log")
     return code
 
 
-def _meet_at_the_end(here: Nodes, agree: Agree, wait: float) -> dict[str, Any]:
-    """Wait until node 0 has finished the run, or begins again, and with it all."""
-    if here.rank:
-        _say(f"done; waiting up to {wait:.0f} s for node 0, which evaluates and exports")
-    try:
-        with Stops() as stops:
-            # The others wait for node 0 already.
-            return agree({"end": EXIT_DONE}, lambda: stops.came, wait if here.rank else here.grace + 60)
-    except (NotMet, errors.Preempted):
-        _say("not all nodes are seen to be done; this one is")
-        return {"end": EXIT_DONE}
+class _Meetings:
+    """This node's meetings with the others."""
+
+    def __init__(self, here: Nodes, wait: float, stops: Stops, shared: Path | None) -> None:
+        self._here, self._wait, self._shared = here, wait, shared
+        self.stops, self.same, self.is_over = stops, {"job": here.job}, False
+        self._agreed: list[int | None] = []  # the budget of a start that nodes agreed on at an end
+
+    def before(self, budget: int | None) -> int | None:
+        """Meet before a start, unless that was agreed at an end; returns the budget of all."""
+        return self._agreed.pop() if self._agreed else self._meet({"budget": budget}, self._wait)["budget"]
+
+    def at_the_end(self) -> None:
+        """Wait until node 0 has finished the run, which is over then, or begins again, and with it all."""
+        if self._here.rank:
+            _say("done; waiting for node 0, which evaluates and exports")
+            answer = self._meet({"end": EXIT_DONE}, math.inf)  # an export may take hours
+        else:  # the others wait for it already, and nothing changes that the run is finished
+            self.leave(EXIT_DONE, "")
+            answer = {"end": EXIT_DONE}
+        self.is_over = answer["end"] == EXIT_DONE
+        if not self.is_over:
+            self._agreed.append(answer["budget"])
+
+    def leave(self, code: int, why: str) -> None:
+        """Tell the others, which would wait, that this node does not come again."""
+        # Ranks of others may take their grace to end; those that were told to stop too do not come.
+        seconds = 10 if code == EXIT_PREEMPTED else self._here.grace + 60
+        with suppress(Left, NotMet, UserError, OSError):
+            self._meet({"end": code, "why": why.partition("\n")[0]}, seconds, bool)
+
+    def _meet(self, facts: dict[str, Any], seconds: float, is_stopped: Callable[[], bool] | None = None) -> Any:
+        here, is_stopped = self._here, is_stopped or (lambda: self.stops.came)
+        facts = {"same": self.same, **facts}
+        return meet(here.nodes, here.rank, (here.head, here.port), facts, seconds, is_stopped, self._shared)
 
 
-def _leave(here: Nodes, agree: Agree, code: int, why: str) -> None:
-    """Tell the others, which would wait, that this node does not come again."""
-    if here.nodes > 1:
-        with suppress(Left, NotMet, UserError, errors.Preempted):
-            # Ranks of others may take their grace to end.
-            agree({"end": code, "why": why.partition("\n")[0]}, bool, here.grace + 60)
+def _is_finished(run_dir: Path, config: RunConfig) -> bool:
+    """Whether this very run is finished: a platform may start a node again that nobody waits for any more."""
+    if not finished(run_dir):
+        return False
+    was, now = read_json(run_dir / "run.json").get("config", {}), config.model_dump(mode="json")
+    for one in (was, now):
+        one.get("train", {}).pop("micro_batch_tokens", None)  # which may have been lowered
+    return was == now
 
 
 def _arguments(words: Sequence[str]) -> argparse.Namespace:

@@ -7,7 +7,6 @@ process, in a folder that the environment names (`EXIT_CODES` of launch/errors.p
 alone: launchers kill what they pass one on to. What the user must mend is not tried again.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import psutil
@@ -39,32 +38,30 @@ from launch.reader import FLAGS, read_run, run_directory
 _ALLOWED = "allowed: accelerate launch [...] train.py RUN.yaml [section.key=value ...]"
 RESTARTS = 3  # after crashes, one after the other, without a new checkpoint between them
 PAUSE = 5.0  # seconds before the first of them; each further one waits twice as long
-MEMORY_MARKERS = "out_of_memory.*.json"
-# Of several nodes: called before each start with the budget of micro-batches to go on with, or None, and with whether
-# this supervisor was told to stop; returns the budget of all nodes.
-Round = Callable[[int | None, Callable[[], bool]], int | None]
+# Where several nodes meet: called before each start with the budget of micro-batches, or None; returns that of all.
+Before = Callable[[int | None], int | None]
 
 
-def supervise(command: Sequence[str], pause: float = PAUSE, before: Round | None = None) -> int:
+def supervise(
+    command: Sequence[str], pause: float = PAUSE, before: Before | None = None, entered: "Stops | None" = None
+) -> int:
     """Run `command` until it is done or cannot go on; returns an exit code of launch/errors.py.
 
     A run that was out of memory goes on from its last checkpoint with half the micro-batches, without a pause.
-    `before` is where several nodes meet.
+    `entered` is of who looks at signals himself before and after.
     """
     command, config, run_dir = _read(command)
     budget: int | None = None
     crashes, last = 0, _newest(run_dir)
-    with Stops() as stops:
+    with nullcontext(entered) if entered else Stops() as stops:
         while True:
             if before:
-                budget = before(budget, lambda: stops.came)
+                budget = before(budget)
             words = [*command, f"train.micro_batch_tokens={budget}"] if budget else command
-            _take_markers(run_dir)  # of a run that nobody supervised
-            before_it = _finished(run_dir)
-            code = _start(words, stops, config.train.grace_seconds)
-            tokens = _take_markers(run_dir)
-            if code in (EXIT_CRASH, EXIT_PREEMPTED) and _finished(run_dir) not in (None, before_it):
-                return _code_of(run_dir)  # hit between its last word and its end
+            before_it = finished(run_dir)
+            code, tokens = _start(words, stops, config.train.grace_seconds)
+            if code in (EXIT_CRASH, EXIT_PREEMPTED) and finished(run_dir) not in (None, before_it):
+                return code_of(run_dir)  # hit between its last word and its end
             if code != EXIT_CRASH and not tokens:
                 return code
             if stops.came:
@@ -132,8 +129,11 @@ class Stops:
         return self.came
 
 
-def _start(words: Sequence[str], stops: Stops, grace: float) -> int:
-    """Run a launcher to its end; the worst code that a worker left, a crash where none says more."""
+def _start(words: Sequence[str], stops: Stops, grace: float) -> tuple[int, list[int]]:
+    """Run a launcher to its end; the worst code that a worker left, a crash where none says more.
+
+    And the budgets of micro-batches that ranks out of memory asked for.
+    """
     with tempfile.TemporaryDirectory(prefix="nestling-") as folder:
         stops.folder = Path(folder)
         # torchrun kills its workers so long after it was told to stop, 30 s unless it is told more.
@@ -153,14 +153,25 @@ def _start(words: Sequence[str], stops: Stops, grace: float) -> int:
             with suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(left)
-        files = list(Path(folder).iterdir())  # of each rank that began pid.RANK, of each that ended RANK with its code
-        begun = sum(file.name.startswith("pid.") for file in files)
-        codes = [int(text) for file in files if not file.name.startswith("pid.") and (text := file.read_text())]
+        # Of each rank that began pid.RANK, of each that ended RANK with its code.
+        words_left = {kind: _words(Path(folder), kind) for kind in ("pid.", "memory.", "")}
+    begun, tokens, codes = len(words_left["pid."]), words_left["memory."], words_left[""]
+    return _code(launcher, codes, begun, stops.came), tokens
+
+
+def _words(folder: Path, kind: str) -> list[int]:
+    """What ranks left with `leave_word` of launch/errors.py."""
+    files = [file for file in folder.iterdir() if file.name.rstrip("0123456789") == kind]
+    return [int(text) for file in files if (text := file.read_text())]
+
+
+def _code(launcher: int, codes: list[int], begun: int, is_stopped: bool) -> int:
     for code in (EXIT_USER, EXIT_CHECK):  # its launcher then has the other ranks stop
         if code in codes:
             return code
     if EXIT_PREEMPTED in codes:  # nobody asked for it where the launcher or a rank was killed
-        return EXIT_CRASH if (launcher < 0 or len(codes) < begun) and not stops.came else EXIT_PREEMPTED
+        has_crashed = launcher < 0 or len(codes) < begun or EXIT_CRASH in codes
+        return EXIT_CRASH if has_crashed and not is_stopped else EXIT_PREEMPTED
     return EXIT_DONE if launcher == 0 else EXIT_CRASH
 
 
@@ -174,9 +185,9 @@ def _as_launcher() -> None:
 def _workers(folder: Path) -> list[psutil.Process]:
     """The ranks that have begun."""
     found = []
-    for file in folder.glob("pid.*"):
-        with suppress(psutil.Error, ValueError):
-            process = psutil.Process(int(file.read_text()))
+    for number in _words(folder, "pid."):
+        with suppress(psutil.Error):
+            process = psutil.Process(number)
             if _is_of(process, str(folder)):  # and no other that was given its number
                 found.append(process)
     return found
@@ -189,23 +200,13 @@ def _is_of(process: psutil.Process, folder: str) -> bool:
     return False
 
 
-def _take_markers(run_dir: Path) -> list[int]:
-    """Budgets that ranks out of memory asked for; their markers are removed."""
-    markers = list(run_dir.glob(MEMORY_MARKERS))
-    tokens = []
-    for marker in markers:
-        with suppress(FileNotFoundError):  # another node's supervisor was faster
-            tokens.append(json.loads(marker.read_text())["micro_batch_tokens"])
-            marker.unlink()
-    return tokens
-
-
-def _finished(run_dir: Path) -> str | None:
+def finished(run_dir: Path) -> str | None:
+    """When the run of this folder was finished, None if it is not."""
     record = run_dir / "run.json"
     return read_json(record).get("finished") if record.exists() else None
 
 
-def _code_of(run_dir: Path) -> int:
+def code_of(run_dir: Path) -> int:
     """The exit code of a finished run that could not give it: its gates stand in evaluation.json."""
     if not (run_dir / "report.html").exists():
         _say(f"the run is finished but for its report: nestling report {run_dir}")

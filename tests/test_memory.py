@@ -134,5 +134,4 @@ def test_elsewhere_the_run_is_started_again_with_half_the_micro_batches(
     for line in lines:
         assert "rank 1 is out of memory where the others wait for it; start again" in line
     assert "nestling supervise: out of memory; going on with train.micro_batch_tokens=" in ended.stderr
-    assert not list((tmp_path / "run").glob("out_of_memory*"))
     _same_curve(tmp_path, run_file)

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launch import node
+from launch import node, reader
 from launch.errors import EXIT_CHECK, EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 from launch.meeting import Left, NotMet, meet
 from launch.node import Nodes, read_nodes
@@ -247,8 +247,13 @@ def test_strangers_and_nodes_that_come_again_change_nothing() -> None:
     assert len(answers) == 1
 
 
-def _start(run_file: str, rank: int, port: int, *words: str, **environment: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "launch.node", "--nodes", "2", "--gpus-per-node", "0", "--port", str(port)]
+ENTRY = ["-m", "launch.node", "--nodes", "2", "--gpus-per-node", "0"]
+
+
+def _start(
+    run_file: str, rank: int, port: int, *words: str, program: list[str] = ENTRY, **environment: str
+) -> "subprocess.Popen[str]":
+    command = [sys.executable, *program, "--port", str(port)]
     named = {"NESTLING_NODE_RANK": str(rank), "NESTLING_HEAD": "127.0.0.1", "NESTLING_JOB": "7"}
     return subprocess.Popen(
         [*command, run_file, *words],
@@ -277,6 +282,61 @@ def test_two_nodes_with_different_run_files_never_train(tmp_path: Path) -> None:
         assert len(said) == 2 and "run file: node 1 has " in said[0] and "NCCL_DEBUG: node 1 has INFO" in said[1], err
         assert "step" not in out
     assert not (tmp_path / "run").exists()
+
+
+# A node whose turns end with these codes after so many seconds, in the place of supervised runs.
+TURNS = """
+import sys, time
+from launch import errors, node
+turns = iter(TURNS)
+def supervise(command, before=None, entered=None):
+    before(None)
+    code, seconds = next(turns)
+    time.sleep(seconds)
+    return code
+node.supervise = supervise
+sys.exit(errors.exit_code(node.main, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("head", "other", "ends"),
+    [
+        ([(EXIT_DONE, 2)], [(EXIT_DONE, 0)], (EXIT_DONE, EXIT_DONE)),
+        ([(EXIT_CHECK, 2)], [(EXIT_DONE, 0)], (EXIT_CHECK, EXIT_CHECK)),
+        ([(EXIT_CRASH, 2)], [(EXIT_DONE, 0)], (EXIT_CRASH, EXIT_CRASH)),
+        ([(EXIT_PREEMPTED, 2)], [(EXIT_DONE, 0)], (EXIT_PREEMPTED, EXIT_PREEMPTED)),
+        ([(EXIT_DONE, 1)], [(EXIT_USER, 0)], (EXIT_DONE, EXIT_USER)),
+    ],
+    ids=["an export", "a gate", "a crash in the export", "a stop in the export", "too late to change it"],
+)
+def test_nodes_end_as_node_0_does(tmp_path: Path, head: Any, other: Any, ends: tuple[int, int]) -> None:
+    run_file, port = _run_file(tmp_path), free_port()
+    nodes = []
+    for rank, turns in enumerate((head, other)):
+        program = ["-c", TURNS.replace("TURNS", repr(turns)), "--nodes", "2", "--gpus-per-node", "0"]
+        nodes.append(_start(run_file, rank, port, program=program))
+    came = []
+    for process in nodes:
+        _, err = process.communicate(timeout=60)
+        assert "Traceback" not in err, err
+        came.append(process.returncode)
+    assert tuple(came) == ends
+
+
+def test_a_node_that_is_started_again_after_the_end_waits_for_nobody(tmp_path: Path) -> None:
+    run_file = _run_file(tmp_path)
+    config = reader.read_run(Path(run_file), []).model_dump(mode="json")
+    (tmp_path / "run").mkdir()
+    record = tmp_path / "run/run.json"
+    record.write_text(json.dumps({"finished": "2026-01-01", "config": config}))
+    process = _start(run_file, 1, free_port())
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == EXIT_DONE and "holds this run, which is finished" in err
+    record.write_text(json.dumps({"finished": "2026-01-01", "config": config | {"loss": {}}}))
+    process = _start(run_file, 1, free_port(), "--wait", "1")
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == EXIT_CRASH and "node 0 does not answer" in err
 
 
 @pytest.mark.slow

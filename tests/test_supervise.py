@@ -22,7 +22,8 @@ SCRIPT = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, ROOT)
-from launch.errors import UserError, CheckFailed, end_process
+from data_tools.object_store import Failed
+from launch.errors import UserError, CheckFailed, end_process, leave_word
 folder = Path(FOLDER)
 if "RANK" not in os.environ:
     tries = folder / "tries"
@@ -33,14 +34,15 @@ what = (folder / "script").read_text().splitlines()[len((folder / "tries").read_
 def main(_):
     name, _, value = what.partition(" ")
     if os.environ["RANK"] == "0":
-        return {"done": 0, "preempted": 75, "refused": 75, "killed": 75, "finished": 75}.get(name, 1)
+        return {"done": 0, "preempted": 75, "refused": 75, "killed": 75, "finished": 75, "away": 75}.get(name, 1)
     if name in ("user", "refused"):
         raise UserError("mend it")
+    if name == "away":
+        raise Failed("the store does not answer")
     if name == "check":
         raise CheckFailed("a gate")
     if name == "memory":
-        (folder / "run").mkdir(exist_ok=True)
-        (folder / "run/out_of_memory.1.json").write_text('{"micro_batch_tokens": %s}' % value)
+        leave_word("memory.", value)
         raise UserError("out of memory")
     if name == "finished":
         (folder / "run").mkdir()
@@ -77,6 +79,7 @@ def _supervised(folder: Path, *tries: str) -> tuple[int, list[str]]:
         (["preempted"], EXIT_PREEMPTED, 1),
         (["refused"], EXIT_USER, 1),
         (["killed", "done"], EXIT_DONE, 2),
+        (["away", "away", "done"], EXIT_DONE, 3),
         (["finished"], EXIT_DONE, 1),
         (["finished passed"], EXIT_DONE, 1),
         (["finished failed"], EXIT_CHECK, 1),
@@ -86,7 +89,12 @@ def _supervised(folder: Path, *tries: str) -> tuple[int, list[str]]:
     ],
     ids=[
         *("done", "user error", "failed check", "preempted", "one refuses and the other is stopped"),
-        *("one is killed and the other stopped", "killed when it was finished", "its gate had passed"),
+        *(
+            "one is killed and the other stopped",
+            "a store that does not answer",
+            "killed when it was finished",
+            "its gate had passed",
+        ),
         *("its gate had failed", "two crashes", "crashes"),
         "progress between crashes",
     ],

@@ -1,7 +1,6 @@
 """What fits into memory: the graphs that a step keeps, and the micro-batch that a run begins with."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -9,9 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from launch.errors import UserError
-from launch.files import write_json
-from launch.supervise import MEMORY_MARKERS
+from launch.errors import UserError, leave_word
 from trainer import collectives
 from trainer.batching import Plan
 from trainer.engines import Engine
@@ -27,10 +24,9 @@ class MemoryRanOut(Exception):
         super().__init__(step, micro_batch_tokens)
         self.step, self.micro_batch_tokens = step, micro_batch_tokens
 
-    def marked(self, run_dir: Path) -> UserError:
-        """Leave a marker in the run folder for `nestling supervise`; returns what is said. Only this rank knows."""
-        marker = run_dir / MEMORY_MARKERS.replace("*", str(collectives.rank()))
-        write_json(marker, {"step": self.step, "micro_batch_tokens": self.micro_batch_tokens})
+    def told(self) -> UserError:
+        """Tell `nestling supervise` the budget; returns what is said. Only this rank knows."""
+        leave_word("memory.", str(self.micro_batch_tokens))
         return UserError(
             f"step {self.step}: rank {collectives.rank()} is out of memory where the others wait for it; start again, "
             f"from the last checkpoint, with train.micro_batch_tokens={self.micro_batch_tokens}, or let nestling "

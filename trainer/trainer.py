@@ -164,7 +164,7 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
                     raise Stopped from error
                 raise self._exact.explain(error, inputs["batch"], self._run_dir) from error
             except MemoryRanOut as error:
-                raise error.marked(self._run_dir) from error
+                raise error.told() from error
         for name, mask in inputs.items():
             if name.endswith("attention_mask"):
                 self._tokens += torch.stack([mask.sum(), torch.tensor(mask.numel(), device=mask.device)]).to(
