@@ -22,12 +22,14 @@ from obstore.store import from_url
 
 from data_tools import object_store
 from launch.config import RunConfig
-from launch.errors import UserError
+from launch.errors import EXIT_CRASH, UserError
 from launch.files import list_files
+from launch.world import World
 from tests.conftest import free_port, point_to
 from tests.s3_faults import before
 from tests.vectors import ALONE
 from trainer import checkpoint, remote
+from trainer.live_checks import check_shared_folder
 from trainer.run_folder import held
 
 ROOT = Path(__file__).parents[1]
@@ -463,6 +465,67 @@ def test_an_older_one_of_the_store_is_not_taken_for_a_newer_one_of_the_disk(tmp_
     assert remote.newest_checkpoint(tmp_path / "run", url) == mine
     # What is damaged would stand where the next checkpoint of its step goes.
     assert {path.name for path in (tmp_path / "run/checkpoints").glob("step-*")} == {"step-10", "step-20"}
+
+
+@pytest.mark.parametrize("has_bucket", [False, True])
+def test_a_run_of_which_no_checkpoint_is_whole_does_not_begin_anew_by_itself(tmp_path: Path, has_bucket: bool) -> None:
+    url = f"file://{tmp_path}/bucket" if has_bucket else None
+    for step in (10, 20):
+        made = _write(tmp_path / "run", step)
+        if url:
+            remote.upload(url, made)
+            (tmp_path / f"bucket/checkpoints/step-{step}/c.json").write_text("damaged")
+        (made / "c.json").write_text("damaged")
+    with pytest.raises(
+        UserError, match="no checkpoint is whole, see the lines above; begin anew in another folder"
+    ) as e:
+        remote.newest_checkpoint(tmp_path / "run", url)
+    assert ("another checkpoint.remote" in str(e.value)) is has_bucket
+    assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 2, "what is left of them stays"
+
+
+def test_a_disk_that_cannot_be_read_is_no_damage(tmp_path: Path) -> None:
+    """An older one must not be taken, nor this one removed, because a shared disk is away for a moment."""
+    _write(tmp_path / "run", 10)
+    file = _write(tmp_path / "run", 20) / checkpoint.MANIFEST
+    file.unlink()
+    file.symlink_to(file)
+    with pytest.raises(UserError, match=rf"step-20/{checkpoint.MANIFEST}: cannot be read: ") as error:
+        remote.newest_checkpoint(tmp_path / "run", None)
+    assert error.value.code == EXIT_CRASH, "which is tried again"
+
+
+def _alone(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    try:
+        remote.newest_checkpoint(folder / f"node{rank}/run", None)
+    except UserError as error:
+        (folder / f"found{rank}").write_text(str(error))
+
+
+def test_all_ranks_say_that_one_has_only_damaged_ones(tmp_path: Path) -> None:
+    (_write(tmp_path / "node0/run", 20) / "c.json").write_text("damaged")
+    torch.multiprocessing.spawn(_alone, (tmp_path,), nprocs=2)
+    assert all("no checkpoint is whole" in (tmp_path / f"found{rank}").read_text() for rank in (0, 1))
+
+
+def _on_own_disk(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    world = World(rank=rank, local_rank=0, world_size=2, local_world_size=1, nodes=2)
+    check_shared_folder(folder / "shared", world)
+    try:
+        check_shared_folder(folder / f"node{rank}", world)
+    except UserError as error:
+        (folder / f"said{rank}").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_checkpoints_of_every_rank_need_a_folder_that_all_see(tmp_path: Path) -> None:
+    for name in ("shared", "node0", "node1"):
+        (tmp_path / name).mkdir()
+    torch.multiprocessing.spawn(_on_own_disk, (tmp_path,), nprocs=2)
+    assert all("rank 1 does not see what rank 0 writes" in (tmp_path / f"said{rank}").read_text() for rank in (0, 1))
+    assert not list((tmp_path / "shared").iterdir())
 
 
 def _node(rank: int, folder: Path) -> None:

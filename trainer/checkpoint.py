@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from launch.errors import UserError
+from launch.errors import EXIT_CRASH, UserError
 from launch.files import digest_of, list_files, publish_folder, remove_folder, write_json
 
 MANIFEST = "manifest.json"
@@ -53,19 +53,29 @@ def publish(partial: Path, final: Path, facts: dict[str, object]) -> None:
     publish_folder(partial, final)
 
 
+class Unreadable(UserError):
+    """A disk that does not give what lies there, which says nothing about the checkpoint: the next time it may."""
+
+    code = EXIT_CRASH
+
+
 def problem_with(checkpoint: Path) -> str | None:
-    """Why this checkpoint cannot be used, None if every file is what its manifest says."""
+    """Why this checkpoint cannot be used, None if every file is what its manifest says; raises Unreadable."""
+    try:
+        return _problem_with(checkpoint)
+    except OSError as error:
+        raise Unreadable(f"{error.filename or checkpoint}: cannot be read: {error.strerror}") from None
+
+
+def _problem_with(checkpoint: Path) -> str | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         listed, digest = manifest["files"], manifest.pop("digest")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return f"{checkpoint}: no readable {MANIFEST}"
     if digest != digest_of(manifest) or manifest.get("step") != step_of(checkpoint):
         return f"{checkpoint}: {MANIFEST} is changed, or of another step"
-    try:
-        found = list_files(checkpoint)
-    except OSError as error:
-        return f"{checkpoint}: {error.filename} cannot be read: {error.strerror}"
+    found = list_files(checkpoint)
     found.pop(MANIFEST, None)
     for name in sorted({*listed, *found}):
         if listed.get(name) != found.get(name):

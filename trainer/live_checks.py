@@ -7,6 +7,8 @@ precision for another. Each of them trains something that was not asked for.
 import hashlib
 import json
 import os
+import uuid
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +62,27 @@ def check_live(args: Any, world: World, config: RunConfig, facts: list[dict[str,
                 f"rank {', '.join(odd)}: another config or other rows than rank 0; every node needs the same run file "
                 "and the same data"
             )
+
+
+def check_shared_folder(run_dir: Path, world: World) -> None:
+    """Raise UserError where a node does not see the run folder of rank 0. All ranks must call."""
+    if world.nodes == 1:
+        return
+    mark: list[Any] = [f".seen-{uuid.uuid4().hex}"]
+    torch.distributed.broadcast_object_list(mark)
+    mine = run_dir / mark[0]
+    if world.rank == 0:
+        mine.touch()
+    seen: list[Any] = [None] * world.world_size
+    torch.distributed.barrier()
+    torch.distributed.all_gather_object(seen, mine.exists())
+    if world.rank == 0:
+        mine.unlink()
+    if not all(seen):
+        raise UserError(
+            f"train.run_dir: rank {seen.index(False)} does not see what rank 0 writes in {run_dir}, and each writes a "
+            "part of a checkpoint; allowed: a folder that all nodes share, or the exact step under DDP"
+        )
 
 
 def check_precision(config: RunConfig) -> None:

@@ -20,7 +20,7 @@ from launch.config import RunConfig
 from launch.errors import EXIT_DONE, EXIT_PREEMPTED, CheckFailed, Preempted, UserError
 from launch.files import read_json, write_json
 from launch.reader import resolved_yaml
-from launch.world import World
+from launch.world import World, engine_asked_for
 from trainer.run_folder import held, mark, read_record, refuse_other_data
 
 MODEL = "model"
@@ -169,7 +169,7 @@ def _train(run: Run, prepared: Prepared, stop: Any) -> Any:
     from trainer import checkpoint, watch
     from trainer.arguments import training_arguments
     from trainer.exact_step import ExactStep, at_the_limit
-    from trainer.live_checks import check_engine, check_live
+    from trainer.live_checks import check_engine, check_live, check_shared_folder
     from trainer.losses import build_loss
     from trainer.model import load_model
     from trainer.remote import newest_checkpoint
@@ -201,6 +201,8 @@ def _train(run: Run, prepared: Prepared, stop: Any) -> Any:
         config, model, args, prepared.rows, loss, run_dir, step, subset, stop.asked, run.remote
     )
     check_engine(trainer.accelerator, config)
+    if engine_asked_for() or not step:  # whose checkpoints have files of every rank
+        check_shared_folder(run_dir, run.world)
     if resume:
         checkpoint.refuse_other_engine(resume, trainer.engine_name, run.world.world_size)
     watch.begin(run.world, config.train.stall_seconds, config.train.grace_seconds)
@@ -209,10 +211,14 @@ def _train(run: Run, prepared: Prepared, stop: Any) -> Any:
     if is_stopped:
         if run.world.rank == 0:
             step = trainer.state.global_step
-            line = f"{stop} at step {step:,}, which is saved; the same command goes on from there"
+            saved = (
+                "the same command begins again" if not step else "which is saved; the same command goes on from there"
+            )
+            line = f"{stop} at step {step:,}, {saved}"
             mark(run_dir, line)
             print(f"nestling: {line}", file=sys.stderr, flush=True)
         return None
+    stop.end_if_asked()
     return _keep(run, trainer, record)
 
 

@@ -40,6 +40,11 @@ class Stop:
         yield
         self._is_deferred = False
 
+    def end_if_asked(self) -> None:
+        """Raise Preempted for a signal that came while it was deferred and that nobody looked at."""
+        if self._number:
+            raise Preempted(f"{self}; the same command goes on from the last whole checkpoint, if there is one")
+
     def __str__(self) -> str:
         return f"stopped by {signal.Signals(self._number).name}" if self._number else "stopped with another rank"
 
@@ -50,7 +55,7 @@ class Stop:
         elif not self._number:  # a second one changes nothing
             self._number = number
             if not self._is_deferred:
-                raise Preempted(f"{self}; the same command goes on from the last whole checkpoint, if there is one")
+                self.end_if_asked()
 
 
 class SaveInTime(TrainerCallback):

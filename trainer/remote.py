@@ -67,10 +67,15 @@ class Remote:
             self.uploading = self.uploading or step_of(checkpoint)
             self._condition.notify_all()
 
-    def finish(self, seconds: float | None) -> None:
-        """Wait until all is uploaded, `seconds` at most; says what is not."""
+    def is_idle(self, seconds: float) -> bool:
+        """Whether all is uploaded, or will be within `seconds`, for which it waits."""
         with self._condition:
-            self._condition.wait_for(lambda: self.uploading is None, seconds)
+            return self._condition.wait_for(lambda: self.uploading is None, seconds)
+
+    def finish(self, seconds: float) -> None:
+        """Wait until all is uploaded, `seconds` at most; says what is not."""
+        self.is_idle(seconds)
+        with self._condition:
             self._is_ending = True
             if self.uploading is not None:
                 logging.getLogger("nestling").warning("%s: the newest checkpoint is not uploaded", self._url)
@@ -124,13 +129,16 @@ def opened(url: str, run_dir: Path, note: Path) -> Iterator[Remote]:
 def newest_checkpoint(run_dir: Path, url: str | None) -> Path | None:
     """The newest whole checkpoint of this disk and of `url`, on this disk. All ranks must call, in the group.
 
-    Raises UserError where ranks have different ones, as on disks of their own of which one is new.
+    Raises UserError, on all ranks alike, where ranks have different ones, as on disks of their own of which one is new,
+    and where there are some and none is whole.
     """
     warn = logging.getLogger("nestling").warning
     found = find_latest(run_dir, warn)
+    is_damaged = found is None and any(run_dir.glob(f"{_FOLDER}/step-*"))
     if url and (there := newest(url)) is not None and (found is None or there > step_of(found)):
         fetched = fetch(url, there, run_dir, warn)  # an older one where that is damaged
         found = max((one for one in (found, fetched) if one), key=step_of, default=None)
+        is_damaged |= found is None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def ends() -> tuple[int, int, int]:
@@ -146,7 +154,12 @@ def newest_checkpoint(run_dir: Path, url: str | None) -> Path | None:
             f"{run_dir}: ranks have checkpoints of step {most} and {'none' if least < 0 else least}; allowed: one "
             "folder that all nodes share, or checkpoint.remote"
         )
-    for newer in (run_dir / _FOLDER).glob("step-*") if found else ():
+    if most < 0 and collectives.highest(int(is_damaged), device):
+        raise UserError(
+            f"{run_dir}: no checkpoint is whole, see the lines above; begin anew in another folder: --fresh"
+            + (", with another checkpoint.remote" if url else "")
+        )
+    for newer in (run_dir / _FOLDER).glob("step-*"):
         if step_of(newer) > step:  # damaged, or not every node's; it would stand where the next one of its step goes
             remove_folder(newer)
     if found and not (run_dir / _WITH_RUN[0]).exists():  # a disk without rank 0, whose writer prunes the others

@@ -194,13 +194,12 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         except Stopped:
             if self.state.global_step:
                 self._save_checkpoint(self.model, None)
-                self._finish_checkpoints()
+                self._finish_checkpoints(is_stopped=True)
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes what logs are written to
             return True
         finally:
             self._batches = None  # loader workers end
-        self._finish_checkpoints()
-        return bool(collectives.highest(int(self._stop_asked()), self.args.device))
+        return self._finish_checkpoints()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add nestling's numbers to a training log. All ranks must call: some are summed over ranks."""
@@ -365,13 +364,23 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             facts = {"engine": self.engine_name, "processes": self.args.world_size}
             writer.publish(written, step, facts, self.best_step)
 
-    def _finish_checkpoints(self) -> None:
-        """Wait for the last one; raises UserError, on all ranks alike, where it is not there. All ranks must call."""
+    def _finish_checkpoints(self, is_stopped: bool = False) -> bool:
+        """Wait for the last one and its upload, for that half the grace once a rank is told to stop; whether one was.
+
+        Raises UserError, on all ranks alike, where it is not there. All ranks must call.
+        """
         self._writer.wait()
-        if self._remote:
-            self._remote.finish(self._config.train.grace_seconds / 2 if self._stop_asked() else None)
+        if self._config.checkpoint.remote:
+            code = 1
+            while code == 1 and not is_stopped:  # the other ranks come back each second to look at their signals
+                is_waiting = self._remote is not None and not self._remote.is_idle(1.0)
+                code = collectives.highest(2 if self._stop_asked() else int(is_waiting), self.args.device)
+                is_stopped = code == 2
+            if self._remote:
+                self._remote.finish(self._config.train.grace_seconds / 2)
         if collectives.highest(int(self._writer.problem is not None), self.args.device):
             raise UserError(self._writer.problem or "the last checkpoint cannot be written; see rank 0")
+        return bool(collectives.highest(int(is_stopped or self._stop_asked()), self.args.device))
 
     def _save_rng_state(self, output_dir: str) -> None:
         if self._exact is None:  # whose randomness comes from the seed, step and rank
