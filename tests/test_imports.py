@@ -83,7 +83,7 @@ def test_files_are_short() -> None:
     assert {str(path): count for path, count in lines.items() if count > 400} == {}
     assert lines[ROOT / "train.py"] <= 27
     # docs/decisions/0002 says what counts.
-    assert sum(map(_lines_of_code, PRODUCT)) < 12700
+    assert sum(map(_lines_of_code, PRODUCT)) < 12900
 
 
 def _lines_of_code(path: Path) -> int:

@@ -501,6 +501,7 @@ def _alone(rank: int, folder: Path) -> None:
         remote.newest_checkpoint(folder / f"node{rank}/run", None)
     except UserError as error:
         (folder / f"found{rank}").write_text(str(error))
+    torch.distributed.destroy_process_group()
 
 
 def test_all_ranks_say_that_one_has_only_damaged_ones(tmp_path: Path) -> None:
@@ -532,6 +533,7 @@ def _node(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     found = remote.newest_checkpoint(folder / f"node{rank}/run", f"file://{folder}/bucket")
     (folder / f"found{rank}").write_text(str(found))
+    torch.distributed.destroy_process_group()
 
 
 def test_nodes_with_disks_of_their_own_go_on_from_the_newest_that_all_have(tmp_path: Path) -> None:
