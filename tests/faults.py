@@ -73,7 +73,7 @@ def install(place: str, kind: str, step: int) -> None:
     original = getattr(target, name)
 
     def replaced(*arguments: Any, **named: Any) -> Any:
-        at = arguments[1][1] + 1 if place == "worker" else now
+        at = arguments[1] + 1 if place == "worker" else now
         if place == "publish":  # training has gone on
             at = int(arguments[1].name.removeprefix("step-"))
         if place in ("replay", "backward") and len(arguments) < 3:  # the agreement after the first pass
