@@ -15,7 +15,7 @@ from tests import tiny_models
 from tests.distributed import run
 from tests.limited_memory import limit
 from tests.test_exact_step import _error, _prepare, _train
-from tests.test_run import CPU2, ENVIRONMENT, ROOT, _curve, _finish, _run_file, _start
+from tests.test_run import CPU2, ENVIRONMENT, PORT, ROOT, _curve, _finish, _run_file, _start
 
 LIMIT = 40  # padded tokens
 
@@ -125,7 +125,7 @@ def test_elsewhere_the_run_is_started_again_with_half_the_micro_batches(
     tmp_path: Path, engine: str, phase: str
 ) -> None:
     run_file = _run_file(tmp_path)
-    accelerate = [str(Path(sys.executable).parent / "accelerate"), "launch", *_limited(engine, phase).split()]
+    accelerate = [str(Path(sys.executable).parent / "accelerate"), "launch", *PORT, *_limited(engine, phase).split()]
     command = [sys.executable, "-m", "launch.cli", "supervise", *accelerate, "train.py", str(run_file), *PLAIN]
     ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, timeout=300)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -17,7 +17,7 @@ import pytest
 from launch.errors import EXIT_PREEMPTED
 from tests import tiny_models
 from tests.processes import marked, ranks
-from tests.test_run import CPU2, ENVIRONMENT, ROOT, _curve, _finish, _pairs, _start
+from tests.test_run import CPU2, ENVIRONMENT, PORT, ROOT, _curve, _finish, _pairs, _start
 
 pytestmark = pytest.mark.usefixtures("no_process_left")
 STEPS = 12  # two epochs
@@ -45,7 +45,7 @@ checkpoint: {{every: 5}}
 
 def _launch(faults: str, *words: str, supervised: bool = True, launcher: str = CPU2) -> "subprocess.Popen[str]":
     accelerate = str(Path(sys.executable).parent / "accelerate")
-    command = [accelerate, "launch", *launcher.split(), "-m", "tests.faults", str(ROOT / "train.py"), *words]
+    command = [accelerate, "launch", *PORT, *launcher.split(), "-m", "tests.faults", str(ROOT / "train.py"), *words]
     if supervised:
         command = [sys.executable, "-m", "launch.cli", "supervise", *command]
     environment = ENVIRONMENT | {"FAULTS": faults}

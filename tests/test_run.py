@@ -74,11 +74,15 @@ export: {}
 """
 
 
+# Two launchers of tests that run beside each other may both find the usual port free.
+PORT = ("--main_process_port", "0")
+
+
 def _start(*words: str, launcher: str | None = None, file_bytes: int | None = None) -> "subprocess.Popen[str]":
     command = [sys.executable, str(ROOT / "train.py"), *words]
     if launcher is not None:
         accelerate = Path(sys.executable).parent / "accelerate"
-        command = [str(accelerate), "launch", *launcher.split(), str(ROOT / "train.py"), *words]
+        command = [str(accelerate), "launch", *PORT, *launcher.split(), str(ROOT / "train.py"), *words]
     if file_bytes is not None:  # no file may grow beyond it, as on a disk that is full
         command = ["prlimit", f"--fsize={file_bytes}", *command]
     return subprocess.Popen(
@@ -285,7 +289,7 @@ def test_two_processes_asked_for_and_one_got(tmp_path: Path, launcher: str) -> N
 def test_ctrl_c_leaves_no_process(tmp_path: Path, delay: float) -> None:
     run_file = _run_file(tmp_path, rows=4000)
     process = subprocess.Popen(
-        [str(Path(sys.executable).parent / "accelerate"), "launch", *CPU2.split(), "train.py", str(run_file)],
+        [str(Path(sys.executable).parent / "accelerate"), "launch", *PORT, *CPU2.split(), "train.py", str(run_file)],
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
