@@ -26,7 +26,7 @@ from data_tools.object_store import (
     write_object,
 )
 from launch.errors import UserError
-from launch.files import exclusive, publish_folder, read_json, remove_folder
+from launch.files import exclusive, publish_folder, read_json, remove_folder, write_text
 from trainer import collectives
 from trainer.checkpoint import KEPT_AT_LEAST, MANIFEST, find_latest, folder_of, problem_with, step_of
 from trainer.checkpoint import prune as prune_disk
@@ -120,7 +120,7 @@ def opened(url: str, run_dir: Path, note: Path) -> Iterator[Remote]:
                 )
             for name, content in zip(reversed(_WITH_RUN), (log, record), strict=True):
                 if record and content is not None:  # the record last: with it the folder is that run's
-                    (run_dir / name).write_bytes(content)
+                    write_text(run_dir / name, content.decode())
         yield Remote(url, run_dir, lease)
     finally:
         lease.release()

@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from launch.config import Model, RunConfig
@@ -38,7 +39,7 @@ from trainer.gradcache import STOP_ASKED, StepAbandoned
 from trainer.loader import batches_of
 from trainer.losses import LossByDim
 from trainer.memory import MemoryRanOut, say
-from trainer.metrics_log import StepLog
+from trainer.metrics_log import Board, StepLog
 from trainer.model import load_model, prompt_of
 from trainer.preemption import SaveInTime
 from trainer.remote import Remote, fetch
@@ -47,6 +48,9 @@ from trainer.tokens import role_of
 from trainer.trainable import merged, read_adapters, save_adapters
 from trainer.validation import Validation
 from trainer.weights import is_sharded, load_whole, name_layers, spread, whole_weights
+
+# Of log_history, which the Trainer writes whole into each checkpoint: hundreds of MB at step 1,000,000 otherwise.
+_KEPT_LOGS = 100
 
 
 @dataclass
@@ -112,6 +116,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             callbacks=[StepLog(run_dir / "metrics.jsonl")],
         )
         self.remove_callback(PrinterCallback)  # it repeats StepLog
+        if self.pop_callback(TensorBoardCallback):
+            self.add_callback(Board())
         if self.is_fsdp_enabled:
             name_layers(self.accelerator.state.fsdp_plugin, model)
         if exact is not None and config.evaluate and config.evaluate.loss_every:
@@ -213,6 +219,7 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             if self._validation:
                 logs |= self._validation.take()
         super().log(logs, start_time)
+        del self.state.log_history[:-_KEPT_LOGS]
 
     def _library_metrics(self) -> dict[str, float]:
         if self.args.world_size > 1:
