@@ -172,6 +172,7 @@ def _train(run: Run, prepared: Prepared, stop: Any) -> Any:
     from trainer.live_checks import check_engine, check_live, check_shared_folder
     from trainer.losses import build_loss
     from trainer.model import load_model
+    from trainer.pickles import refuse_foreign_pickles
     from trainer.remote import newest_checkpoint
     from trainer.tensorboard import FOLDER
     from trainer.trainer import ContrastiveTrainer
@@ -205,6 +206,7 @@ def _train(run: Run, prepared: Prepared, stop: Any) -> Any:
         check_shared_folder(run_dir, run.world)
     if resume:
         checkpoint.refuse_other_engine(resume, trainer.engine_name, run.world.world_size)
+        refuse_foreign_pickles(resume)
     watch.begin(run.world, config.train.stall_seconds, config.train.grace_seconds)
     with run.clock.phase("train"), stop.deferred():
         is_stopped = trainer.train_or_stop(resume)
