@@ -278,6 +278,20 @@ def test_what_may_go_on_and_what_begins_anew(tmp_path: Path) -> None:
     code, out, err = started(here, "train.max_steps=3", "loss.arguments={scale: 10.0}", "--force")
     assert code == 0 and "resuming from" in out and "other settings (loss.arguments.scale" in err, out + err
     assert [line["step"] for line in _curve(tmp_path / "run-2")] == [1, 2, 3]
+    # On other rows, and with other code.
+    record = json.loads((tmp_path / "run-2" / "run.json").read_text())
+    other = {"finished": None, "git": {"commit": "abc", "dirty": False}}
+    (tmp_path / "run-2" / "run.json").write_text(json.dumps(record | other))
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"anchor": "one more", "positive": "row"}\n')
+    last = here, "train.max_steps=3", "loss.arguments={scale: 10.0}"
+    code, _, err = started(*last)
+    assert code == 2 and "holds an unfinished run on other rows (" in err and "train.jsonl has changed since)" in err, (
+        err
+    )
+    code, out, err = started(*last, "--force")
+    assert code == 0 and "going on with an unfinished run on other rows" in err, out + err
+    assert "the run began with other versions, so bits may differ: commit of nestling abc -> " in out, out
 
 
 @pytest.mark.slow

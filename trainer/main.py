@@ -269,8 +269,8 @@ def _begin(run: Run, prepared: Prepared, step: int) -> dict[str, Any]:
         )
     before = read_record(run.run_dir) or record
     record |= {"model": shape, "run_id": before["run_id"]}
-    versions = record["versions"]
-    changed = [f"{k} {v} -> {versions.get(k)}" for k, v in before["versions"].items() if v != versions.get(k)]
+    was, now = (one["versions"] | {"commit of nestling": one["git"]["commit"]} for one in (before, record))
+    changed = [f"{name} {version} -> {now.get(name)}" for name, version in was.items() if version != now.get(name)]
     if step and changed:
         run.say(f"the run began with other versions, so bits may differ: {', '.join(changed)}")
     rewind(run.run_dir / "metrics.jsonl", step)
