@@ -16,6 +16,9 @@ from launch.errors import UserError
 from trainer.pickles import refuse_foreign_pickles
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process saves and loads
+
+
 class Attack:
     """Its pickle makes a file when it is loaded."""
 
