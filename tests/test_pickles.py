@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from launch.errors import UserError
 from trainer.pickles import refuse_foreign_pickles
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process saves and loads
 
 
