@@ -3,6 +3,7 @@
 import io
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,14 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from launch.errors import UserError
 from trainer.pickles import refuse_foreign_pickles
+
+
+class Hiding(dict[Any, Any]):
+    """Its pickle makes a table whose items() gives nothing."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (), {"items": torch.Size}, None, iter(list(self.items()))
+
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process saves and loads
 
@@ -73,6 +82,15 @@ def _item(folder: Path, attack: Attack, protocol: int) -> None:
     path.write_bytes(pickle.dumps(metadata))
 
 
+def _hidden_item(folder: Path, attack: Attack, protocol: int) -> None:
+    """As `_item`, in a table whose items() gives nothing: torch.Size is a name that passes."""
+    _item(folder, attack, protocol)
+    path = folder / "optimizer_0/.metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.storage_data = Hiding(metadata.storage_data)
+    path.write_bytes(pickle.dumps(metadata))
+
+
 def _states(folder: Path, attack: Attack, protocol: int) -> None:
     path = _zero(folder)
     torch.save({"state": [attack]}, path, pickle_protocol=protocol)
@@ -92,7 +110,7 @@ def _load(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 4])  # a global by its name in the pickle, and from the stack
-@pytest.mark.parametrize("plant", [_metadata, _item, _states, _old_format])
+@pytest.mark.parametrize("plant", [_metadata, _item, _hidden_item, _states, _old_format])
 def test_a_pickle_that_does_something_is_refused_and_does_nothing(
     tmp_path: Path, plant: Callable[[Path, Attack, int], None], protocol: int
 ) -> None:

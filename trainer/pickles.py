@@ -57,6 +57,8 @@ def _look_at_distributed(path: Path) -> None:
     content = path.read_bytes()
     _look_at(io.BytesIO(content), path)
     metadata: Metadata = pickle.loads(content)
+    if {type(metadata.storage_data), type(metadata.state_dict_metadata)} != {dict}:  # another could hide its items
+        raise UserError(f"{path}: its tables are no plain dicts; {_NEXT}")
     for index, place in metadata.storage_data.items():
         if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):  # tensors are read weights_only
             with (path.parent / place.relative_path).open("rb") as file:
